@@ -1,0 +1,88 @@
+r"""Causal (or full) softmax attention with rotary positions.
+
+:math:`o_i = \sum_j \mathrm{softmax}_j(q_i \cdot k_j / \sqrt{K})\, v_j`; q and k are rotated before the softmax and keys before they
+are stored. Heads of width K = D / H; ``num_kv_heads`` < ``num_heads`` shares keys and values (GQA).
+Source of the layer in hybrid stacks: arXiv:2507.06457.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentcot.backbone.context import SequenceContext
+from latentcot.backbone.mixers.base import Mixer, check_divides, linear_flops
+from latentcot.backbone.rotary import RotaryLayout, apply_rotary, rotary_table
+from latentcot.backbone.state import LayerState
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """
+    Args:
+        num_heads: query heads; must divide the model width.
+        num_kv_heads: key and value heads; ``None`` = ``num_heads``.
+        rope_theta: base of the rotary angles; ``None`` = no positions at all.
+        rotary_layout: ``half`` or ``interleaved``.
+        bias: ``none``, ``qk`` (Huginn: after the projection, before rotary) or ``qkv``.
+    """
+
+    num_heads: int = 16
+    num_kv_heads: int | None = None
+    rope_theta: float | None = 10000.0
+    rotary_layout: RotaryLayout = "half"
+    bias: Literal["none", "qk", "qkv"] = "none"
+
+    def __post_init__(self) -> None:
+        check_divides("num_kv_heads", self.num_heads, self.num_kv_heads or self.num_heads, "attention")
+        if self.bias not in ("none", "qk", "qkv"):
+            raise ValueError(f"attention: bias = {self.bias!r} given, expected 'none', 'qk' or 'qkv'")
+        if self.rotary_layout not in ("half", "interleaved"):
+            raise ValueError(f"attention: rotary_layout = {self.rotary_layout!r} given, expected 'half' or 'interleaved'")
+
+
+class SoftmaxAttention(Mixer):
+    name = "attention"
+
+    def __init__(self, hidden_size: int, options: AttentionOptions, norm_eps: float = 1e-6):
+        super().__init__()
+        self.options = options
+        self.heads = options.num_heads
+        self.kv_heads = options.num_kv_heads or options.num_heads
+        self.head_width = check_divides("num_heads", hidden_size, options.num_heads, "attention")
+        if options.rope_theta is not None and self.head_width % 2:
+            raise ValueError(f"attention: rotary positions need an even head width, got {self.head_width} = {hidden_size} / {self.heads}")
+        kv_width = self.kv_heads * self.head_width
+        qk_bias, v_bias = options.bias in ("qk", "qkv"), options.bias == "qkv"
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qk_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=qk_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=v_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(
+        self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
+    ) -> tuple[Tensor, LayerState | None]:
+        q = self.q_proj(hidden).unflatten(-1, (self.heads, self.head_width))
+        k = self.k_proj(hidden).unflatten(-1, (self.kv_heads, self.head_width))
+        v = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_width))
+        if self.options.rope_theta is not None:
+            key = ("rotary", self.head_width, self.options.rope_theta, hidden.dtype == torch.float64)
+            if key not in context.tables:
+                context.tables[key] = rotary_table(context.positions, self.head_width, self.options.rope_theta, hidden.dtype)
+            q = apply_rotary(q, context.tables[key], self.options.rotary_layout)
+            k = apply_rotary(k, context.tables[key], self.options.rotary_layout)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, K]
+        if state is not None:
+            k = torch.cat([state["keys"], k], 2)
+            v = torch.cat([state["values"], v], 2)
+        new_state = LayerState(self.name, {"keys": k, "values": v}) if context.keep_state else None
+        seen = context.attention_mask
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None and context.plain_causal, enable_gqa=self.kv_heads != self.heads
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(2)), new_state
+
+    def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
+        return linear_flops(self, tokens) + 4.0 * tokens * keys * self.heads * self.head_width

@@ -1,0 +1,166 @@
+r"""Gated DeltaNet (arXiv:2412.06464): decay the state, erase what the key held, write the new value.
+
+.. math::
+    \bar S = \alpha_t S_{t-1}, \quad u_t = \beta_t (v_t - k_t \bar S), \quad S_t = \bar S + k_t^\top u_t, \quad o_t = K^{-1/2} q_t S_t
+
+:math:`\log \alpha_t = -e^{A} \mathrm{softplus}(a_t + b)` a value head, :math:`\beta_t = \sigma(W_b x_t)` (times 2 with
+``allow_neg_eigval``, which lets a step reflect the state and so track parity). q, k, v pass a short causal convolution with SiLU;
+q and k are L2-normalised per head. Output :math:`W_o [\mathrm{RMSNorm}(o_t) \odot \mathrm{silu}(z_t)]`.
+
+Seen bidirectionally, the convolution becomes one centred kernel with shared taps and the two directions' outputs are averaged or
+mixed by a learned gate a head (``combine``).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from latentcot.backbone.context import SequenceContext
+from latentcot.backbone.mixers.base import Mixer, check_divides, linear_flops
+from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
+from latentcot.backbone.state import LayerState
+from latentcot.kernels import Bidirectional, delta_rule, l2_norm, short_convolution
+
+DT_MIN, DT_MAX, DT_FLOOR = 0.001, 0.1, 1e-4
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetOptions:
+    """
+    Args:
+        num_heads: query and key heads H.
+        head_dim: key width K of a head.
+        expand_v: V = ``head_dim · expand_v``.
+        num_v_heads: value heads (a multiple of H: several value heads share a key head); ``None`` = H.
+        conv_size: window W of the short convolution.
+        use_gate: output gate silu(z).
+        allow_neg_eigval: beta in (0, 2) instead of (0, 1).
+        combine: how the two directions join when run bidirectionally: ``average`` or ``gate`` (a parameter a head).
+    """
+
+    num_heads: int = 4
+    head_dim: int = 256
+    expand_v: float = 1.0
+    num_v_heads: int | None = None
+    conv_size: int = 4
+    use_gate: bool = True
+    allow_neg_eigval: bool = False
+    combine: Literal["average", "gate"] = "average"
+
+    def __post_init__(self) -> None:
+        check_divides("num_heads", self.num_v_heads or self.num_heads, self.num_heads, "gated_deltanet (num_v_heads)")
+        if self.combine not in ("average", "gate"):
+            raise ValueError(f"gated_deltanet: combine = {self.combine!r} given, expected 'average' or 'gate'")
+        if self.conv_size < 1:
+            raise ValueError(f"gated_deltanet: conv_size must be at least 1, got {self.conv_size}")
+
+
+class ShortConvolution(nn.Module):
+    """Holder of the depthwise taps, shape ``[width, 1, W]`` as in published checkpoints; tap W - 1 is the current token."""
+
+    def __init__(self, width: int, window: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 1, window))
+
+
+class GatedDeltaNet(Mixer):
+    name = "gated_deltanet"
+
+    def __init__(self, hidden_size: int, options: GatedDeltaNetOptions, norm_eps: float = 1e-6):
+        super().__init__()
+        self.options = options
+        self.heads, self.K = options.num_heads, options.head_dim
+        self.v_heads = options.num_v_heads or options.num_heads
+        self.V = int(options.head_dim * options.expand_v)
+        key_width, value_width = self.heads * self.K, self.v_heads * self.V
+        self.widths = (key_width, key_width, value_width)
+        self.q_proj = nn.Linear(hidden_size, key_width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, value_width, bias=False)
+        self.a_proj = nn.Linear(hidden_size, self.v_heads, bias=False)
+        self.b_proj = nn.Linear(hidden_size, self.v_heads, bias=False)
+        self.q_conv1d = ShortConvolution(key_width, options.conv_size)
+        self.k_conv1d = ShortConvolution(key_width, options.conv_size)
+        self.v_conv1d = ShortConvolution(value_width, options.conv_size)
+        self.A_log = nn.Parameter(torch.zeros(self.v_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(self.v_heads))
+        if options.use_gate:
+            self.g_proj = nn.Linear(hidden_size, value_width, bias=False)
+            self.o_norm: RMSNorm = GatedRMSNorm(self.V, norm_eps)
+        else:
+            self.o_norm = RMSNorm(self.V, norm_eps)
+        if options.combine == "gate":
+            self.direction = nn.Parameter(torch.zeros(self.v_heads))
+        self.o_proj = nn.Linear(value_width, hidden_size, bias=False)
+
+    def init_weights(self, std: float) -> None:
+        window = self.options.conv_size
+        for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
+            initialization.uniform_(conv.weight, -1 / math.sqrt(window), 1 / math.sqrt(window))
+        # A ~ U(0, 16): the open end is kept off zero, whose logarithm does not exist
+        initialization.copy_(self.A_log, torch.empty(self.v_heads).uniform_(1e-4, 16).log())
+        dt = torch.empty(self.v_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
+        initialization.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        if self.options.combine == "gate":
+            initialization.zeros_(self.direction)
+
+    def forward(
+        self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
+    ) -> tuple[Tensor, LayerState | None]:
+        x = context.compact(hidden)
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
+        qkv, conv = short_convolution(
+            qkv,
+            taps,
+            initial_state=None if state is None else state["conv"],
+            output_state=context.keep_state,
+            cu_seqlens=context.cu_seqlens,
+            lengths=context.lengths,
+            visibility=context.visibility,
+        )
+        q, k, v = qkv.split(self.widths, -1)
+        q = l2_norm(q.unflatten(-1, (self.heads, self.K)))
+        k = l2_norm(k.unflatten(-1, (self.heads, self.K)))
+        v = v.unflatten(-1, (self.v_heads, self.V))
+        precise = torch.promote_types(x.dtype, torch.float32)
+        beta = self.b_proj(x).to(precise).sigmoid()
+        if self.options.allow_neg_eigval:
+            beta = 2 * beta
+        log_decay = -self.A_log.to(precise).exp() * F.softplus(self.a_proj(x).to(precise) + self.dt_bias.to(precise))
+        if context.front is not None:
+            # behind the convolution a padded position is no longer zero: silence it once more
+            k, beta, log_decay = k * context.front[..., None], beta * context.front, log_decay * context.front
+        visibility = context.visibility
+        gate = None
+        if isinstance(visibility, Bidirectional):
+            visibility = Bidirectional(combine=self.options.combine)
+            gate = self.direction.sigmoid() if self.options.combine == "gate" else None
+        o, matrix = delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            initial_state=None if state is None else state["matrix"],
+            output_state=context.keep_state,
+            cu_seqlens=context.cu_seqlens,
+            visibility=visibility,
+            direction_gate=gate,
+        )
+        if self.options.use_gate:
+            o = self.o_norm(o, self.g_proj(x).unflatten(-1, (self.v_heads, self.V)))
+        else:
+            o = self.o_norm(o)
+        out = context.expand(self.o_proj(o.flatten(2)))
+        return out, LayerState(self.name, {"matrix": matrix, "conv": conv}) if context.keep_state else None
+
+    def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
+        convolution = 2.0 * tokens * sum(self.widths) * self.options.conv_size
+        # decay, k S, k^T u, q S: 8 K V a head and token in the recurrent form
+        return linear_flops(self, tokens) + convolution + 8.0 * directions * tokens * self.v_heads * self.K * self.V

@@ -1,0 +1,312 @@
+"""The hybrid language model: embedding, blocks, final norm, head. Works with ``save_pretrained`` and ``generate``.
+
+The pieces are public, because methods run blocks in other orders than once from bottom to top::
+
+    hidden = model.embed(input_ids)                                       # [B, S, D]
+    context = SequenceContext.build(B, S, state=state)
+    hidden, state = model.run(hidden, context, blocks=slice(0, 2), state=state)
+    logits = model.head(hidden)                                           # [B, S, Vocab]
+    state = state.advance(context)                                        # once, after every block had the tokens
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+from transformers.utils import ModelOutput
+
+from latentcot.backbone.block import Block, SwiGLU
+from latentcot.backbone.config import HybridConfig
+from latentcot.backbone.context import SequenceContext, Visibility
+from latentcot.backbone.mixers import Mixer, find_mixer, make_options
+from latentcot.backbone.norms import RMSNorm
+from latentcot.backbone.state import ModelState
+from latentcot.kernels import Causal
+
+# transformers renamed the keyword under which ``generate`` hands the cache around; both names are accepted, one is returned.
+CACHE_KEY = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+
+
+@dataclass
+class HybridOutput(ModelOutput):
+    """``loss`` when labels were given, ``logits [B, S, Vocab]``, ``last_hidden_state [B, S, D]`` after the final norm, and the state
+    under the name that ``generate`` looks for (read it as ``.state``)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    cache: ModelState | None = None
+    past_key_values: ModelState | None = None
+
+    @property
+    def state(self) -> ModelState | None:
+        return self.cache if self.cache is not None else self.past_key_values
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    config_class = HybridConfig
+    config: HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["Block"]  # noqa: RUF012 (the base class declares it so)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            initialization.normal_(module.weight, 0.0, std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, RMSNorm) and module.weight is not None:
+            initialization.ones_(module.weight)
+        elif isinstance(module, Mixer):
+            module.init_weights(std)
+
+
+class HybridModel(HybridPreTrainedModel):
+    """The backbone without a head."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(
+                find_mixer(name)[0](config.hidden_size, make_options(name, getattr(config, name)), config.norm_eps),  # type: ignore[call-arg]
+                SwiGLU(config.hidden_size, config.intermediate_size),
+                config.hidden_size,
+                config.norm_placement,  # type: ignore[arg-type]
+                config.norm_eps,
+                config.norm_affine,
+            )
+            for name in config.mixers
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_affine)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings ``[B, S, D]``, scaled. Ids outside the vocabulary raise ``ValueError`` on the CPU."""
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: shape {list(input_ids.shape)} of {input_ids.dtype} given, expected [B, S] of int64")
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = (int(v) for v in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"input_ids: ids within {low}..{high} given, expected 0..{self.config.vocab_size - 1}")
+        embedded = self.embeddings(input_ids)
+        return embedded if self.config.embedding_scale == 1.0 else embedded * self.config.embedding_scale
+
+    def run(
+        self,
+        hidden: Tensor,
+        context: SequenceContext,
+        blocks: slice = slice(None),
+        state: ModelState | None = None,
+        recurrence: int = 0,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Run a contiguous slice of blocks.
+
+        Args:
+            hidden: ``[B, S, D]``.
+            context: of these S tokens (and built with ``state``, when there is one).
+            blocks: which blocks.
+            state: what came before; a fresh one is started when ``context.keep_state`` and none is given.
+            recurrence: which pass over these blocks this is; each pass has state entries of its own.
+
+        Returns:
+            ``hidden [B, S, D]`` and the new state (the old one untouched), ``None`` unless ``context.keep_state``.
+        """
+        if blocks.step not in (None, 1):
+            raise ValueError(f"blocks: a contiguous slice is needed, got step {blocks.step}")
+        if hidden.dim() != 3 or hidden.shape[-1] != self.config.hidden_size or hidden.shape[:2] != context.positions.shape:
+            raise ValueError(
+                f"hidden: shape {list(hidden.shape)} given, expected {[*context.positions.shape, self.config.hidden_size]} (context, width)"
+            )
+        if state is None and context.keep_state:
+            state = ModelState(self.config.fingerprint)
+        if state is not None and state.fingerprint != self.config.fingerprint:
+            raise ValueError(f"state: it was made by another model (fingerprint {state.fingerprint}, expected {self.config.fingerprint})")
+        entries = {}
+        for index in range(*blocks.indices(len(self.layers))):
+            before = None if state is None else state.read((index, recurrence))
+            hidden, after = self.layers[index](hidden, context, before)
+            if after is not None:
+                entries[index, recurrence] = after
+        if state is None or not context.keep_state:
+            return hidden, None
+        return hidden, ModelState(state.fingerprint, {**state.entries, **entries}, state.lengths, state.valid)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: ModelState | None = None,
+        use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
+        visibility: Visibility = Causal(),
+    ) -> tuple[Tensor, ModelState | None]:
+        """Every block once: ``(hidden after the final norm [B, S, D], state or None)``."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: exactly one of the two must be given")
+        hidden = self.embed(input_ids) if input_ids is not None else inputs_embeds
+        assert hidden is not None
+        context = SequenceContext.build(
+            hidden.shape[0],
+            hidden.shape[1],
+            hidden.device,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            visibility=visibility,
+            state=state,
+            keep_state=use_cache or state is not None,
+        )
+        hidden, state = self.run(hidden, context, state=state)
+        return self.norm(hidden), None if state is None else state.advance(context)
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """The backbone with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """See :meth:`HybridModel.embed`."""
+        return self.model.embed(input_ids)
+
+    def run(
+        self,
+        hidden: Tensor,
+        context: SequenceContext,
+        blocks: slice = slice(None),
+        state: ModelState | None = None,
+        recurrence: int = 0,
+    ) -> tuple[Tensor, ModelState | None]:
+        """See :meth:`HybridModel.run`."""
+        return self.model.run(hidden, context, blocks, state, recurrence)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and language-model head: ``[B, S, D]`` to ``[B, S, Vocab]``."""
+        return self.lm_head(self.model.norm(hidden))
+
+    def new_state(self) -> ModelState:
+        """A fresh state of this model."""
+        return ModelState(self.config.fingerprint)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        state: ModelState | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        visibility: Visibility = Causal(),
+        logits_to_keep: int = 0,
+        cache: ModelState | None = None,
+        past_key_values: ModelState | None = None,
+        return_dict: bool = True,
+        **unknown: Any,
+    ) -> HybridOutput:
+        """Logits of every position, and the next-token loss when ``labels`` are given.
+
+        Args:
+            input_ids: ``[B, S]``; or ``inputs_embeds [B, S, D]``, used as they are.
+            attention_mask: ``[B, S]`` or ``[B, T + S]``; 1 = real, 0 = padding, anywhere.
+            labels: ``[B, S]``, -100 = not counted. Position i is scored on label i + 1; across a border of packed sequences and on
+                padding nothing is scored.
+            state: tokens before; also accepted as ``cache`` or ``past_key_values``, the names ``generate`` uses.
+            cu_seqlens: offsets of packed sequences (B = 1).
+            visibility: ``Causal()`` or ``Bidirectional()`` (no state then).
+            logits_to_keep: logits of the last so many positions only; 0 = all.
+        """
+        unknown = {k: v for k, v in unknown.items() if v is not None and k not in _IGNORED_BY_FORWARD}
+        if unknown:
+            raise TypeError(f"forward: unknown argument(s) {sorted(unknown)}")
+        given = [s for s in (state, cache, past_key_values) if s is not None]
+        if len(given) > 1:
+            raise ValueError("state: give it once, as state, cache or past_key_values")
+        state = given[0] if given else None
+        if state is not None and not isinstance(state, ModelState):
+            raise TypeError(f"state: a latentcot ModelState is needed, got {type(state).__name__}")
+        hidden, state = self.model(input_ids, attention_mask, inputs_embeds, state, bool(use_cache), cu_seqlens, visibility)
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = next_token_loss(logits, labels, attention_mask, cu_seqlens)
+        return HybridOutput(loss=loss, logits=logits, last_hidden_state=hidden, **{CACHE_KEY: state})
+
+    # -- what generate asks ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # our cache is a ModelState, made below
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "state" in model_kwargs:
+            model_kwargs[CACHE_KEY] = model_kwargs.pop("state")
+        if model_kwargs.get(CACHE_KEY) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_KEY] = self.new_state()
+
+    def flops(self, tokens: int, keys: float | None = None, blocks: slice = slice(None), head_tokens: int | None = None, directions: int = 1) -> float:
+        """Forward FLOPs of ``tokens`` tokens of one sequence.
+
+        Args:
+            keys: keys that each token sees on average in attention; default (tokens + 1) / 2, a causal pass from nothing.
+            blocks: which blocks run.
+            head_tokens: positions that go through the head; default all.
+            directions: 2 for a bidirectional pass (give ``keys=tokens`` then).
+        """
+        keys = (tokens + 1) / 2 if keys is None else keys
+        head = self.lm_head.weight.numel() * 2.0 * (tokens if head_tokens is None else head_tokens)
+        return head + sum(block.flops(tokens, keys, directions) for block in self.model.layers[blocks])  # type: ignore[operator]
+
+
+_IGNORED_BY_FORWARD = {"position_ids", "output_attentions", "output_hidden_states", "num_items_in_batch", "cache_position"}
+"""Arguments that ``generate`` and trainers pass to every model; positions are worked out from the mask and the state here."""
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of label i + 1 given position i, in nats.
+
+    Labels of -100, padded targets and the first token of each packed sequence (no target of the sequence before it) are left out.
+    Raises ``ValueError`` when nothing is left to score.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels: shape {list(labels.shape)} given, expected {list(logits.shape[:2])}")
+    targets = labels[:, 1:].clone()
+    if attention_mask is not None:
+        mask = attention_mask[:, -labels.shape[1] :].bool()
+        targets[~(mask[:, 1:] & mask[:, :-1])] = -100
+    if cu_seqlens is not None:
+        starts = cu_seqlens[1:-1].long()
+        starts = starts[(starts > 0) & (starts < labels.shape[1])]
+        targets[:, starts - 1] = -100
+    if not bool((targets != -100).any()):
+        raise ValueError("labels: no position is left to score (all are -100, padded, or first in their sequence)")
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float() if logits.dtype != torch.float64 else logits[:, :-1].flatten(0, 1), targets.flatten())
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModel.register(HybridConfig, HybridModel)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)

@@ -1,0 +1,40 @@
+r"""Root-mean-square norms.
+
+RMSNorm: :math:`x \cdot (\mathrm{mean}(x^2) + \epsilon)^{-1/2} \cdot w`, statistics in fp32 (fp64 for fp64 inputs), no bias.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis.
+
+    Args:
+        width: size of the last axis.
+        eps: inside the root; 1e-6.
+        affine: ``False`` leaves the weight out (HRM).
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, affine: bool = True):
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float16, torch.bfloat16):
+            weight = None if self.weight is None else self.weight.float()
+            return F.rms_norm(x.float(), (self.width,), weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, eps={self.eps}, affine={self.weight is not None}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """``RMSNorm(x) * silu(gate)``: normalise first, gate after (Gated DeltaNet, GLA, RetNet)."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * F.silu(gate)
