@@ -29,8 +29,8 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _SHARES = {"train": 8, "val": 1, "test": 1}  # tenths of all objects
 _EDGES = np.array([(2**64 * tenths) // 10 for tenths in (8, 9)], dtype=np.uint64)
-# Part of every key; to be raised when the meaning of a draw changes. The first value for which the smallest level of the
-# default task (the 36 products of two elements of S3) has several objects in every split under data seed 0.
+# Part of every key; to be raised when the meaning of a draw changes. The first value for which the smallest level of
+# the default task (the 36 products of two elements of S3) has several objects in every split under data seed 0.
 _SCHEME = 2
 _ROWS_AT_ONCE = 4096
 
@@ -246,9 +246,10 @@ class Task(ABC):
         return {d: measure_baselines(self, split, n, d) for d in self.levels(split)}
 
     def levels(self, split: Split) -> tuple[int, ...]:
-        """The configured difficulties of which ``split`` has any example: small levels may have no object in a split."""
+        """The configured difficulties that ``split`` has examples of: a small level may have no object in a split."""
         self._check_request(split, [0], None)
-        return tuple(d for d in range(self.config.min_difficulty, self.config.max_difficulty + 1) if self._has(split, d))
+        difficulties = range(self.config.min_difficulty, self.config.max_difficulty + 1)
+        return tuple(d for d in difficulties if self._has(split, d))
 
     def _has(self, split: Split, difficulty: int) -> bool:
         try:

@@ -38,7 +38,8 @@ class Vocabulary:
             return self._ids[symbol]
         except KeyError:
             close = difflib.get_close_matches(str(symbol), self.tokens, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(map(repr, close))}?" if close else f"known: {' '.join(self.tokens[:20])} ..."
+            known = f"known: {' '.join(self.tokens[:20])} ..."
+            hint = f"did you mean {', '.join(map(repr, close))}?" if close else known
             raise ValueError(f"symbol: unknown symbol {symbol!r}; {hint}") from None
 
     def encode(self, symbols: str | Iterable[str]) -> tuple[int, ...]:
