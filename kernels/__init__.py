@@ -1,0 +1,47 @@
+"""Operators: gated scan, decay attention and delta rule, each step by step, chunk-parallel and (so far the scan) in Triton.
+
+Three families serve the linear token mixers of the library (the table and the equations are in ``README.md`` beside this
+file): :func:`gated_scan`, :func:`decay_attention` and :func:`delta_rule`, with :func:`short_convolution` and
+:func:`l2_norm` around them. Shape letters: B batch, S sequence, D width, H heads, K key width, V value width,
+C chunk, R reflections, W window, N sequences (= B unless ``cu_seqlens`` packs them into one row).
+"""
+
+if __name__ == "kernels":  # found under its bare name from a checkout's root: that name belongs to another distribution
+    import os
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+
+    _this = sys.modules[__name__]
+    _here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        _spec = PathFinder.find_spec("kernels", [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _here])
+        if _spec is not None and _spec.loader is not None:
+            _other = module_from_spec(_spec)
+            sys.modules["kernels"] = _other
+            _spec.loader.exec_module(_other)
+    except Exception as _error:  # raising here would take down programs that only look whether `kernels` exists
+        import warnings
+
+        sys.modules["kernels"] = _this
+        warnings.warn(f"the other distribution named 'kernels' could not be imported: {_error!r}", stacklevel=2)
+else:
+    from latentcot.kernels.convolution import short_convolution
+    from latentcot.kernels.decay_attention.op import decay_attention
+    from latentcot.kernels.delta_rule.op import delta_rule
+    from latentcot.kernels.dispatch import explain_backend
+    from latentcot.kernels.gated_scan.op import gated_scan
+    from latentcot.kernels.normalisation import l2_norm
+    from latentcot.kernels.visibility import Bidirectional, BlockCausal, Causal
+
+    __all__ = [
+        "Bidirectional",
+        "BlockCausal",
+        "Causal",
+        "decay_attention",
+        "delta_rule",
+        "explain_backend",
+        "gated_scan",
+        "l2_norm",
+        "short_convolution",
+    ]

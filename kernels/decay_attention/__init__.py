@@ -1,0 +1,1 @@
+"""Decay attention: an additive matrix state that fades (linear attention, RetNet, GLA, HGRN2)."""

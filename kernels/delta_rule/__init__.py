@@ -1,0 +1,1 @@
+"""The delta rule: a matrix state that erases before it writes (DeltaNet, Gated DeltaNet, KDA)."""

@@ -1,0 +1,1 @@
+"""The gated scan: a vector state per channel (HGRN, MLGRU)."""

@@ -1,0 +1,83 @@
+"""Checks of arguments, shared by the operators. Each raises before any computation and names the argument and both shapes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensors(operator: str, **tensors: Tensor | None) -> None:
+    """Every given tensor is floating and on the device of the first one."""
+    first_name, first = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected a floating dtype")
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
+            raise ValueError(f"{operator}: {name} is on {tensor.device} but {first_name} is on {first.device}")
+
+
+def check_shape(operator: str, name: str, tensor: Tensor, letters: str, expected: Sequence[int]) -> None:
+    """``tensor`` has exactly the shape ``expected``; ``letters`` names its axes, for instance ``"[B,S,H,K]"``."""
+    if tensor.shape != torch.Size(expected):
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {letters} = {tuple(expected)}")
+
+
+def check_dims(operator: str, name: str, tensor: Tensor, letters: str) -> None:
+    """``tensor`` has as many axes as ``letters`` names."""
+    if tensor.dim() != letters.count(",") + 1:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {letters}")
+
+
+def check_decay(operator: str, log_decay: Tensor) -> None:
+    """No log-decay is above zero.
+
+    One reduction on a CPU. On a GPU reading the answer back would stall the queue at every call, so there the check is a
+    device-side assertion. NaN passes: it shows in the output and is not for this check to hide or to explain.
+    """
+    if log_decay.numel() == 0 or torch.compiler.is_compiling():
+        return
+    log_decay = log_decay.detach()
+    if log_decay.is_cuda:
+        torch._assert_async(~(log_decay > 0).any(), f"{operator}: log_decay must be <= 0")  # pyright: ignore
+        return
+    largest = float(log_decay.amax())
+    if largest > 0:
+        raise ValueError(
+            f"{operator}: log_decay has the value {largest:.4g}, expected <= 0 everywhere "
+            f"(a positive log-decay means growth; pass log(alpha) with alpha in [0, 1])"
+        )
+
+
+def check_offsets(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+    """The packed offsets as a list: one row, starting at 0, strictly increasing, ending at S."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        given = (
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            if isinstance(cu_seqlens, Tensor)
+            else type(cu_seqlens).__name__
+        )
+        raise ValueError(f"{operator}: cu_seqlens is {given}, expected an int32 or int64 tensor of shape [N+1]")
+    if batch != 1:
+        raise ValueError(f"{operator}: cu_seqlens packs sequences into one row, so B must be 1; it is {batch}")
+    offsets: list[int] = cu_seqlens.tolist()
+    if len(offsets) < 2:
+        raise ValueError(f"{operator}: cu_seqlens is {offsets}, expected N+1 offsets with N >= 1")
+    if offsets[0] != 0:
+        raise ValueError(f"{operator}: cu_seqlens starts at {offsets[0]}, expected 0")
+    if offsets[-1] != length:
+        raise ValueError(f"{operator}: cu_seqlens ends at {offsets[-1]}, expected S = {length}")
+    for n, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end <= start:
+            raise ValueError(f"{operator}: cu_seqlens[{n}] = {start} and cu_seqlens[{n + 1}] = {end}, expected increasing")
+    return offsets
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if a tensor is float64, else float32: 16-bit inputs are computed in float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,143 @@
+"""The public decay attention: checks, dispatch, packing, both directions."""
+
+import torch
+from torch import Tensor
+
+from latentcot.kernels import checks
+from latentcot.kernels.decay_attention import chunked, reference
+from latentcot.kernels.decay_attention.step import decay_attention_step
+from latentcot.kernels.dispatch import Backend, choose_backend, full_precision
+from latentcot.kernels.packing import Packing, shifted_gate, split_directions, with_reversed
+from latentcot.kernels.visibility import Bidirectional, Causal, Visibility, check_visibility
+
+NAME = "decay_attention"
+
+
+def decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    visibility: Visibility = Causal(),
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    r"""Linear attention whose memory fades: :math:`S_t = \mathrm{diag}(e^{g_t}) S_{t-1} + k_t^\top v_t`, :math:`o_t = s\, q_t S_t`.
+
+    Serves linear attention (no decay), RetNet (arXiv:2307.08621, one constant per head), simple gates (one per head and token),
+    GLA (arXiv:2312.06635) and HGRN2 (arXiv:2404.07904) (one per key channel).
+
+    Args:
+        q, k: ``[B,S,H,K]``. v: ``[B,S,H,V]``.
+        log_decay: g <= 0: None, ``[H]``, ``[B,S,H]`` or ``[B,S,H,K]``.
+        scale: s; None is ``K ** -0.5``.
+        initial_state: ``S_0``, ``[N,H,K,V]``; None is zero.
+        output_state: return the last state too.
+        cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
+        visibility: ``Causal()``; ``Bidirectional()``: this operator forward and on time-reversed inputs, gates included, the
+            diagonal counted once; ``Bidirectional(gate="next")``: weights ``exp(-|G_i - G_j|)``, the same in both directions.
+        backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
+
+    Returns:
+        ``(o [B,S,H,V], state [N,H,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64 inputs).
+        Inputs of 16 bits are computed in float32. A padded token with k = 0 and log_decay = 0 changes nothing.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, offsets, a visibility or a back end that do not fit, named with what was
+            expected; a state together with ``Bidirectional``.
+    """
+    checks.check_tensors(NAME, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    checks.check_dims(NAME, "q", q, "[B,S,H,K]")
+    B, S, H, K = q.shape
+    checks.check_shape(NAME, "k", k, "[B,S,H,K]", (B, S, H, K))
+    checks.check_dims(NAME, "v", v, "[B,S,H,V]")
+    V = v.shape[-1]
+    checks.check_shape(NAME, "v", v, "[B,S,H,V]", (B, S, H, V))
+    if log_decay is not None:
+        if tuple(log_decay.shape) not in ((H,), (B, S, H), (B, S, H, K)):
+            raise ValueError(
+                f"{NAME}: log_decay has shape {tuple(log_decay.shape)}, expected None, [H] = {(H,)}, [B,S,H] = {(B, S, H)} "
+                f"or [B,S,H,K] = {(B, S, H, K)}"
+            )
+        checks.check_decay(NAME, log_decay)
+    check_visibility(NAME, visibility, with_state=initial_state is not None or output_state)
+    if isinstance(visibility, Bidirectional) and visibility.combine is not None:
+        raise ValueError(
+            f"{NAME}: combine={visibility.combine!r} is for the delta rule; the directions of this operator are always summed "
+            f"with the diagonal counted once (combine=None)"
+        )
+    offsets = None if cu_seqlens is None else checks.check_offsets(NAME, cu_seqlens, B, S)
+    N = B if offsets is None else len(offsets) - 1
+    if initial_state is not None:
+        checks.check_shape(NAME, "initial_state", initial_state, "[N,H,K,V]", (N, H, K, V))
+    dtype = checks.compute_dtype(q, k, v)
+    chosen = choose_backend(NAME, q.device, dtype, backend).chosen
+
+    out_dtype = v.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    log_decay = None if log_decay is None else log_decay.to(dtype)
+    initial_state = None if initial_state is None else initial_state.to(dtype)
+    scale = K**-0.5 if scale is None else float(scale)
+    if S == 0 or N == 0:
+        state = q.new_zeros(N, H, K, V) if initial_state is None else initial_state.clone()
+        return v.to(out_dtype, copy=True), state if output_state else None
+    packing = None if offsets is None else Packing(offsets, q.device)
+    if packing is not None:
+        q, k, v = packing.unpack(q), packing.unpack(k), packing.unpack(v)
+        if log_decay is not None and log_decay.dim() > 1:
+            log_decay = packing.unpack(log_decay)
+        elif log_decay is not None:  # a padded token has no gate
+            real = packing.unpack(q.new_ones(1, S))
+            log_decay = real.unsqueeze(-1) * log_decay
+    with full_precision(q.device):
+        if isinstance(visibility, Bidirectional):
+            o, state = _both_directions(q, k, v, log_decay, scale, visibility, chosen), None
+        else:
+            o, state = _causal(q, k, v, log_decay, scale, initial_state, output_state, chosen)
+    if packing is not None:
+        o = packing.pack(o)
+    return o.to(out_dtype), state
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_state: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor | None]:
+    if chosen == "reference":
+        o, state = reference.decay_attention(q, k, v, log_decay, scale, initial_state)
+        return o, state if output_state else None
+    if q.shape[1] == 1 and not torch.is_grad_enabled():
+        g = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, 0]
+        o, state = decay_attention_step(q[:, 0], k[:, 0], v[:, 0], g, scale, initial_state)
+        return o.unsqueeze(1), state if output_state else None
+    o, state = chunked.decay_attention(q, k, v, log_decay, scale, initial_state, output_state=output_state)
+    return o, state if output_state else None
+
+
+def _both_directions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    visibility: Bidirectional,
+    chosen: str,
+) -> Tensor:
+    """Forward + backward − diagonal; both directions run as one batch."""
+    if log_decay is not None and log_decay.dim() > 1:
+        backwards = shifted_gate(log_decay) if visibility.gate == "next" else log_decay
+        log_decay = torch.cat([log_decay, backwards.flip(1)])
+    both, _ = _causal(with_reversed(q), with_reversed(k), with_reversed(v), log_decay, scale, None, False, chosen)
+    forward, backward = split_directions(both)
+    diagonal = (q * k).sum(-1, keepdim=True) * (scale * v)
+    return forward + backward - diagonal
