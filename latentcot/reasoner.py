@@ -239,6 +239,10 @@ class Reasoner(nn.Module):
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: Carry | None = None) -> LossOutput:
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
+    def forward(self, batch: TaskBatch, ctx: StepContext, carry: Carry | None = None) -> LossOutput:
+        """The loss, so that wrappers which act on ``forward`` (data-parallel training) work."""
+        return self.loss(batch, ctx, carry)
+
     def answer(
         self, prompts: PromptBatch, limits: AnswerLimits = AnswerLimits(), generator: torch.Generator | None = None
     ) -> AnswerOutput:

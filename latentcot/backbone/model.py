@@ -11,7 +11,7 @@ The pieces are public, because methods run blocks in other orders than once from
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +31,36 @@ from latentcot.kernels import Causal
 CACHE_KEY = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
-@dataclass
-class HybridOutput(ModelOutput):
-    """``loss`` when labels were given, ``logits [B, S, Vocab]``, ``last_hidden_state [B, S, D]`` after the final norm, and the state
-    under the name that ``generate`` looks for (read it as ``.state``)."""
+if TYPE_CHECKING or CACHE_KEY == "cache":
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    cache: ModelState | None = None
-    past_key_values: ModelState | None = None
+    @dataclass
+    class HybridOutput(ModelOutput):
+        """``loss`` when labels were given, ``logits [B, S, Vocab]``, ``last_hidden_state [B, S, D]`` after the final norm, and the state
+        under the name that ``generate`` looks for (read it as ``.state``)."""
 
-    @property
-    def state(self) -> ModelState | None:
-        return self.cache if self.cache is not None else self.past_key_values
+        loss: Tensor | None = None
+        logits: Tensor | None = None
+        last_hidden_state: Tensor | None = None
+        cache: ModelState | None = None
+
+        @property
+        def state(self) -> ModelState | None:
+            return self.cache
+
+else:  # a field of both names is no way out: newer versions write the one over the other
+
+    @dataclass
+    class HybridOutput(ModelOutput):
+        """See above; the state is called ``past_key_values`` here."""
+
+        loss: Tensor | None = None
+        logits: Tensor | None = None
+        last_hidden_state: Tensor | None = None
+        past_key_values: ModelState | None = None
+
+        @property
+        def state(self) -> ModelState | None:
+            return self.past_key_values
 
 
 class HybridPreTrainedModel(PreTrainedModel):

@@ -294,8 +294,8 @@ class Task(ABC):
         found: Latents = {}
         pending = np.arange(len(index))
         first, limit = 0, self.attempts * self.draws_per_attempt
-        # Look at enough draws of each row to expect an acceptance; how many are looked at together changes no result.
-        together = max(1, self.draws_per_attempt) * (1 if split == "train" else 4)
+        # How many draws of a row are looked at together changes no result, only how often the loop runs.
+        together = 1 if split == "train" else 8
         while len(pending) and first < limit:
             together = int(min(together, limit - first, max(1, _ROWS_AT_ONCE // len(pending))))
             attempt = np.tile(np.arange(first, first + together), len(pending))
@@ -314,7 +314,7 @@ class Task(ABC):
                 found[name][pending[done]] = array[rows]
             pending = pending[~done]
             first += together
-            together *= 4
+            together *= 2
         if len(pending):
             raise NoSuchObject(self._nothing_found(split, int(index[pending[0]]), lowest, highest, limit))
         return found

@@ -16,11 +16,11 @@ given :math:`x_k`, which keeps the answers close to uniform.
 Layout::
 
     prompt   <bos> a = 5 ; b = a + 3 ; c = b × a ; ... ? c        equations in random order
-    steps    b = 8 | c = 17 | ...                                 three tokens a step, d steps in the order of evaluation
-    answer   17
+    steps    b = 8 | c = 17 | ...                                 three tokens a step, d steps in the order of
+    evaluation answer   17
 
-Two prompts are the same problem when the needed equations agree up to the variables' names, the order of lines, the order
-of the operands of + and ×, and the distractors.
+Two prompts are the same problem when the needed equations agree up to the variables' names, the order of lines, the
+order of the operands of + and ×, and the distractors.
 """
 
 from dataclasses import dataclass
@@ -251,7 +251,8 @@ class ChainTask(Task):
         return torch.full((len(batch),), 1.0 / self.config.modulus, dtype=torch.float64)
 
     def guesses(self, batch: TaskBatch) -> dict[str, Tensor]:
-        """``last_constant``: the last number in the prompt; ``given_constant``: the value of the variable that is given."""
+        """``last_constant``: the last number in the prompt; ``given_constant``: the value of the variable that is
+        given."""
         ids = batch.prompts.ids
         is_number = (ids >= self._first_residue) & (ids < self._first_residue + self.config.modulus)
         last = torch.where(is_number, torch.arange(ids.shape[1]), -1).amax(1, keepdim=True)

@@ -63,12 +63,13 @@ class BatchStream:
             check_integer("epoch_size", epoch_size, 1)
         if workers and not prefetch:
             raise ValueError(f"prefetch: {workers} workers need a prefetch of at least 1, got 0")
-        self.task, self.split, self.batch_size = task, split, batch_size
+        self.task, self.batch_size = task, batch_size
+        self.split: Split = split
         self.first_index, self.epoch_size, self.prefetch = first_index, epoch_size, prefetch
         self._next = start_step
         self._asked = start_step
         self._orders: dict[int, Integers] = {}
-        self._waiting: deque[Future[TaskBatch | Arrays]] = deque()
+        self._waiting: deque[Future[TaskBatch] | Future[Arrays]] = deque()
         self._closed = False
         self._executor: ThreadPoolExecutor | ProcessPoolExecutor | None = None
         if workers:

@@ -1,0 +1,226 @@
+"""Pages of the site that are made from the program itself: API and command-line reference, notebooks, results."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from html import escape as escape_html
+from pathlib import Path
+from typing import Any
+
+from latentcot.site_notebooks import RenderedNotebook
+
+API_PACKAGES = (
+    "latentcot.kernels",
+    "latentcot.backbone",
+    "latentcot.reasoner",
+    "latentcot.recurrent_depth",
+    "latentcot.recurrent_depth.latent_thoughts",
+    "latentcot.diffusion_reasoning",
+    "latentcot.tasks",
+    "latentcot.training",
+    "latentcot.compare",
+    "latentcot.catalog",
+)
+
+
+def api_page(module: str) -> str:
+    """Where the page of a public package lies below the site, without suffix."""
+    return f"reference/api/{module.removeprefix('latentcot.')}"
+
+
+def documented_package(module: str) -> str | None:
+    """The public package whose page covers ``module`` (``latentcot.kernels.delta_rule`` -> ``latentcot.kernels``)."""
+    covering = [name for name in API_PACKAGES if module == name or module.startswith((name + ".", name + ":"))]
+    return max(covering, key=len, default=None)
+
+
+def api_pages(root: Path) -> dict[str, str]:
+    """One page a public package, and the page that lists them: ``{path: Markdown}``.
+
+    The packages are read, not imported: what a page shows is the ``__all__`` of the package, and where there is none
+    its modules. ``root`` is the checkout.
+    """
+    pages: dict[str, str] = {}
+    lines = ["# Reference", "", "- [Command line](cli.md): every command with its options", ""]
+    lines += ["## Python packages", ""]
+    for name in API_PACKAGES:
+        source = _source_of(root, name)
+        if source is None:
+            continue
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        pages[f"{api_page(name)}.md"] = _api_markdown(name, source, tree)
+        first = (ast.get_docstring(tree) or "").strip().split("\n\n")[0]
+        summary = f": {escape_markdown(' '.join(first.split()).replace('``', ''))}" if first else ""
+        lines.append(f"- [`{name}`]({Path(api_page(name)).relative_to('reference').as_posix()}.md){summary}")
+    pages["reference/index.md"] = "\n".join(lines) + "\n"
+    return pages
+
+
+def _source_of(root: Path, name: str) -> Path | None:
+    base = root.joinpath(*name.split("."))
+    return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
+
+
+def _api_markdown(name: str, source: Path, tree: ast.Module) -> str:
+    exported = _exported(tree)
+    lines = [f"# {name}", ""]
+    if exported:
+        lines += _directive(name, members=exported)
+    elif source.name == "__init__.py":
+        # A package that exports nothing by name: its own docstring, then its modules one by one.
+        lines += _directive(name, members=[])
+        for module in sorted(source.parent.glob("*.py")):
+            if not module.stem.startswith("_"):
+                lines += [f"## {name}.{module.stem}", "", *_directive(f"{name}.{module.stem}", heading_level=3)]
+    else:
+        lines += _directive(name)
+    return "\n".join(lines) + "\n"
+
+
+def _exported(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            try:
+                return [str(name) for name in ast.literal_eval(node.value)]
+            except ValueError:
+                return []
+    return []
+
+
+def _directive(identifier: str, **options: Any) -> list[str]:
+    lines = [f"::: {identifier}"]
+    if options:
+        lines.append("    options:")
+        lines += [f"      {key}: {json.dumps(value)}" for key, value in options.items()]
+    return [*lines, ""]
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` with every character that Markdown or HTML would read written as an entity; `code` spans are kept."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(
+        part if part.startswith("`") and part.endswith("`") and len(part) > 2
+        else re.sub(r"[\\`*_{}\[\]#+!|<>&$~^\"=]", lambda match: f"&#{ord(match.group())};", part)
+        for part in parts
+    )  # fmt: skip
+
+
+def cli_page(command: Any) -> str:
+    """The command-line reference from a click command (``typer.main.get_command(app)``); ``None``: no commands yet."""
+    lines = ["# Command line", ""]
+    if command is None:
+        return "\n".join([*lines, "The command line is not part of this checkout.", ""])
+    for path, entry in _walk(command, ("latentcot",)):
+        lines += _command_section(path, entry)
+    return "\n".join(lines)
+
+
+def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, command
+    for name, child in getattr(command, "commands", {}).items():
+        if not child.hidden:
+            yield from _walk(child, (*path, name))
+
+
+def _command_section(path: tuple[str, ...], command: Any) -> list[str]:
+    lines: list[str] = []
+    if len(path) > 1:
+        lines += [f"{'#' * min(len(path), 4)} `{' '.join(path)}`", ""]
+    arguments = [p for p in command.params if p.param_type_name == "argument" and not getattr(p, "hidden", False)]
+    options = [p for p in command.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
+    usage = [*path, *(_metavar(p) for p in arguments)]
+    if getattr(command, "commands", None):
+        usage.append("COMMAND")
+    if options:
+        usage.append("[OPTIONS]")
+    lines += ["```console", "$ " + " ".join(usage), "```", ""]
+    for paragraph in re.split(r"\n\s*\n", (command.help or "").strip()):
+        if paragraph:
+            lines += [escape_markdown(" ".join(paragraph.replace("\b", "").replace("``", "`").split())), ""]
+    if arguments or options:
+        lines += ["| option | default | what it does |", "| --- | --- | --- |"]
+        lines += [_option_row(param) for param in (*arguments, *options)]
+        lines.append("")
+    return lines
+
+
+def _metavar(param: Any) -> str:
+    name = (param.metavar or param.name or "").upper()
+    return name if param.required else f"[{name}]"
+
+
+def _option_row(param: Any) -> str:
+    if param.param_type_name == "argument":
+        names = _metavar(param)
+    else:
+        names = ", ".join([*param.opts, *param.secondary_opts])
+    default = param.default
+    shown = "" if default is None or callable(default) or default in ((), [], False) else f"`{default}`"
+    if getattr(param, "required", False):
+        shown = "required"
+    text = escape_markdown(" ".join((getattr(param, "help", None) or "").replace("``", "`").split()))
+    return f"| `{names}` | {shown.replace('|', '&#124;')} | {text} |"
+
+
+def notebook_pages(notebooks: list[RenderedNotebook]) -> dict[str, str | bytes]:
+    """The notebooks and the page that lists them: ``{path: content}``."""
+    pages: dict[str, str | bytes] = {}
+    lines = ["# Learn", "", "Tutorials are notebooks. They run on a laptop's CPU in minutes, and the tests run them from top to bottom.", ""]
+    for notebook in notebooks:
+        lines.append(f"- [{escape_markdown(notebook.title)}]({notebook.name}/index.md)")
+        executed = not notebook.folder.name.endswith("-source")
+        how = "with `QUICK=1`, as the tests run it" if executed else "shown without outputs: this copy of the site was built without running it"
+        note = f"[Download this notebook]({notebook.source.name}) · {how}. `make lab` opens it for you to change."
+        body = (notebook.folder / "page.md").read_text(encoding="utf-8")
+        pages[f"learn/{notebook.name}/index.md"] = _after_title(body, note)
+        pages[f"learn/{notebook.name}/{notebook.source.name}"] = notebook.source.read_bytes()
+        for figure in notebook.folder.iterdir():
+            if figure.name != "page.md":
+                pages[f"learn/{notebook.name}/{figure.name}"] = figure.read_bytes()
+    if not notebooks:
+        lines.append("This copy of the site was built without notebooks. They lie in `notebooks/` of the checkout; `make lab` opens them.")
+    pages["learn/index.md"] = "\n".join(lines) + "\n"
+    return pages
+
+
+def _after_title(body: str, note: str) -> str:
+    lines = body.strip().splitlines()
+    at = next((i for i, line in enumerate(lines) if line.startswith("# ")), None)
+    if at is None:
+        return f"{note}\n\n{body.strip()}\n"
+    return "\n".join([*lines[: at + 1], "", note, "", *lines[at + 1 :]]) + "\n"
+
+
+def results_pages(results: Path | None) -> dict[str, str | bytes]:
+    """The page of the quick comparison, with its plots and report when there are any: ``{path: content}``.
+
+    ``results`` is the folder that ``latentcot compare`` wrote. Its names are not trusted to be tidy: plots are every PNG
+    below it, the report is ``report.html``, the numbers ``results.json``.
+    """
+    title = "# Results"
+    if results is None or not results.is_dir():
+        return {"results/index.md": f"{title}\n\n{_NO_RESULTS}\n"}
+    files = {"report.html": results / "report.html", "results.json": results / "results.json"}
+    present = {name: path for name, path in files.items() if path.is_file()}
+    plots = sorted(path for path in results.rglob("*.png") if path.is_file())
+    if not present and not plots:
+        return {"results/index.md": f"{title}\n\n{_NO_RESULTS}\n"}
+    pages: dict[str, str | bytes] = {f"results/{name}": path.read_bytes() for name, path in present.items()}
+    lines = [title, "", "The comparison that was last run in this checkout: the same backbone, task and budget for every method, controls included.", ""]
+    links = [f"[{name}]({name})" for name in present]
+    if links:
+        lines += ["Files: " + " · ".join(links), ""]
+    for number, plot in enumerate(plots, start=1):
+        name = f"plot-{number:02d}.png"
+        pages[f"results/{name}"] = plot.read_bytes()
+        label = escape_html(plot.stem.replace("_", " ").replace("-", " "))
+        lines += [f"![Plot: {escape_markdown(label)}. The numbers are in the report.]({name})", ""]
+    pages["results/index.md"] = "\n".join(lines)
+    return pages
+
+
+_NO_RESULTS = (
+    "This copy of the site was built before a comparison was run. `make quickstart` runs the quick one on a CPU in minutes, "
+    "or `latentcot compare quickstart` by itself; then `make site` shows its table and plots here."
+)

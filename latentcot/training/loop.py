@@ -1,0 +1,231 @@
+r"""The one training loop of every method, on accelerate.
+
+Each optimiser step n draws from generators seeded by (seed, n) and reads batch n of the data, so that a run which was killed and
+resumed is the run that was not. Learning rate: linear warm-up, then cosine to ``final_rate`` of the peak, over the whole budget.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import cos, isfinite, pi
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentcot.reasoner import Phase, Reasoner, StepContext, TaskBatch
+from latentcot.training.budget import TRAINING_FACTOR, count_parameters
+from latentcot.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+
+
+class BatchSource(Protocol):
+    """Training data: batch number n depends on n alone, whoever asks and whenever."""
+
+    def stream(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[TaskBatch]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON that names the data; part of a run's identity."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """
+    Args:
+        steps: optimiser steps in all.
+        learning_rate: peak; ``final_rate`` is the share of it left at the end.
+        warmup_steps: linear warm-up from 0.
+        weight_decay: decoupled, on matrices only (vectors, norms and scalars are left alone).
+        betas, grad_clip: of AdamW; global gradient norm. ``grad_clip=None`` switches clipping off.
+        seed: of initialisation and of every draw in training; never of the data.
+        checkpoint_every: steps between checkpoints; 0 = only at the end.
+        log_every: steps between entries of the loss history.
+        mixed_precision: accelerate's ``no`` or ``bf16`` (``fp16`` needs a loss scale, which checkpoints do not hold).
+    """
+
+    steps: int
+    learning_rate: float = 2e-3
+    final_rate: float = 0.1
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float | None = 1.0
+    seed: int = 0
+    checkpoint_every: int = 200
+    log_every: int = 20
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: at least 1 is needed, got {self.steps}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate: expected within (0, 1), got {self.learning_rate}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision: {self.mixed_precision!r} given, expected 'no' or 'bf16'")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"grad_clip: expected a positive number or None, got {self.grad_clip}")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a finished run used: steps, examples, training FLOPs, seconds in the loop, parameters, and the loss history."""
+
+    steps: int
+    examples: int
+    flops: float
+    seconds: float
+    parameters: int
+    history: list[dict[str, float]]
+
+
+Watcher = Callable[[int, int, float, str], None]
+"""Called after each step with (step, of how many, loss, phase name)."""
+
+
+def train(
+    reasoner: Reasoner,
+    data: BatchSource,
+    config: TrainConfig,
+    folder: Path | None = None,
+    watch: Watcher | None = None,
+) -> TrainReport:
+    """Train in place; go on from ``folder/checkpoint.safetensors`` when it is there.
+
+    Args:
+        folder: where checkpoints go; ``None`` = nothing is saved.
+        watch: sees every step, for progress bars.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another configuration.
+        FloatingPointError: the loss is not finite (step and phase named).
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    phases = tuple(reasoner.phases())
+    borders = phase_borders(phases, config.steps)
+    optimizer = torch.optim.AdamW(_parameter_groups(reasoner, config.weight_decay), lr=config.learning_rate, betas=config.betas)
+    model, optimizer = accelerator.prepare(reasoner, optimizer)
+    run = _run_name(reasoner, data, config)
+    path = None if folder is None else folder / "checkpoint.safetensors"
+    progress, average = Progress(), None
+    if path is not None and path.is_file():
+        progress, average = load_checkpoint(path, accelerator.unwrap_model(model), optimizer, run)
+    batches = data.stream(progress.step, accelerator.process_index, accelerator.num_processes)
+    carry: Any = None
+    model.train()
+    entered: Phase | None = None
+    started, before = time.perf_counter(), progress.seconds
+    try:
+        for step in range(progress.step, config.steps):
+            phase = phases[sum(step >= border for border in borders) - 1]
+            if phase is not entered:
+                _enter(reasoner, phase)
+                if step in borders[1:] and phase.reset_optimizer:
+                    optimizer.state.clear()
+                if phase.ema is None:
+                    average = None
+                entered, carry = phase, None
+            batch = next(batches).to(accelerator.device)
+            seed = (config.seed * 1_000_003 + step) * 1_009 + accelerator.process_index
+            torch.manual_seed(seed)
+            context = StepContext(
+                step=step,
+                total_steps=config.steps,
+                phase=phase,
+                generator=torch.Generator().manual_seed(seed + 1),
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+            if carry is None:
+                carry = reasoner.begin(batch, context)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * rate(step, config)
+            output = model(batch, context, carry)
+            value = float(output.loss.detach())
+            if not isfinite(value):
+                raise FloatingPointError(f"loss is {value} at step {step} (phase {phase.name!r}) of {reasoner.method}")
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(output.loss)
+            if config.grad_clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            carry = output.carry
+            if phase.ema is not None:
+                average = _moved_average(average, accelerator.unwrap_model(model), phase.ema)
+            progress.step = step + 1
+            progress.examples += len(batch) * accelerator.num_processes
+            progress.flops += TRAINING_FACTOR * output.flops * accelerator.num_processes
+            progress.seconds = before + time.perf_counter() - started
+            if progress.step % config.log_every == 0 or progress.step == config.steps:
+                progress.history.append({"step": progress.step, "loss": value, **output.parts})
+            if watch is not None:
+                watch(progress.step, config.steps, value, phase.name)
+            due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
+            if path is not None and accelerator.is_main_process and (due or progress.step == config.steps):
+                save_checkpoint(path, accelerator.unwrap_model(model), optimizer, average, progress, run)
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+        reasoner.requires_grad_(True)
+    if average is not None:
+        accelerator.unwrap_model(model).load_state_dict(average, strict=False)
+    model.eval()
+    return TrainReport(
+        progress.step, progress.examples, progress.flops, progress.seconds, count_parameters(reasoner), progress.history
+    )
+
+
+def phase_borders(phases: Sequence[Phase], steps: int) -> list[int]:
+    """First step of each phase, shares normalised: ``[0, ...]``."""
+    if not phases:
+        raise ValueError("phases: a method needs at least one")
+    whole = sum(p.share for p in phases)
+    if whole <= 0 or any(p.share < 0 for p in phases):
+        raise ValueError(f"phases: shares must not be negative and not all zero, got {[p.share for p in phases]}")
+    return [round(steps * sum(p.share for p in phases[:i]) / whole) for i in range(len(phases))]
+
+
+def rate(step: int, config: TrainConfig) -> float:
+    """Learning-rate factor of a step, within (0, 1]."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.final_rate + (1 - config.final_rate) * (1 + cos(pi * done)) / 2
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def _enter(reasoner: Reasoner, phase: Phase) -> None:
+    for name, parameter in reasoner.named_parameters():
+        parameter.requires_grad_(phase.trainable is None or name.startswith(phase.trainable))
+    if phase.trainable is not None and not any(p.requires_grad for p in reasoner.parameters()):
+        raise ValueError(f"phase {phase.name!r}: no parameter name begins with one of {phase.trainable}")
+
+
+@torch.no_grad()
+def _moved_average(average: dict[str, Tensor] | None, model: torch.nn.Module, decay: float) -> dict[str, Tensor]:
+    current = {k: v.detach() for k, v in model.named_parameters()}
+    if average is None:
+        return {k: v.clone() for k, v in current.items()}
+    return {k: average[k].to(v.device).lerp(v, 1 - decay) for k, v in current.items()}
+
+
+def _run_name(reasoner: Reasoner, data: BatchSource, config: TrainConfig) -> str:
+    """Hash of everything that decides a run; a checkpoint is refused when it differs. How often is saved or logged does not."""
+    identity = {
+        "method": reasoner.method,
+        "settings": reasoner.settings,
+        "backbone": reasoner.backbone.config.to_diff_dict(),
+        "data": data.describe(),
+        "train": {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every")},
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
