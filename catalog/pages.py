@@ -136,7 +136,7 @@ class _Pages:
         self.env.globals.update(
             tree=tree, leaves=tree.leaves, branch_of={leaf.slug: b for b in tree.branches for leaf in b.leaves},
             status_meaning=STATUS_MEANING, link_names=LINK_NAMES, topic_href=_topic_href, byline=_byline,
-            venue_text=_venue_text, total=len(self.records),
+            venue_text=_venue_text, total=len(self.records), keys={record.key for record in self.records},
         )  # fmt: skip
         self.in_leaf: dict[str, list[Record]] = {slug: [] for slug in tree.leaves}
         for record in self.records:
@@ -251,7 +251,7 @@ class _Pages:
     def paper(self, record: Record) -> str:
         definition = self.tree.leaves[record.taxonomy.primary].name
         front = {
-            "heading": escape(record.title),
+            "heading": clean(record.title),
             "description": str(escape(f"{record.title}: a paper on latent reasoning filed under {definition}")),
             "tags": [self.tree.leaves[slug].name for slug in record.leaves],
             "hide": ["toc", "tags"],
@@ -265,11 +265,10 @@ class _Pages:
             (facet.name, [facet_names[facet.slug].get(v, v) for v in getattr(record.facets, facet.slug)])
             for facet in self.facets.facets
         ]
-        known = {r.key for r in self.records}
         return self._render(
             "paper.md.j2", front, record=record, bibtex=bibtex, facet_values=[entry for entry in values if entry[1]],
             runnable=[self._runnable(entry) for entry in record.runnable],
-            correction=self._correction(record), successor=record.superseded_by if record.superseded_by in known else None,
+            correction=self._correction(record),
         )  # fmt: skip
 
     def _runnable(self, entry: Any) -> dict[str, str | None]:
