@@ -1,6 +1,7 @@
 """Checks of arguments, shared by the operators. Each raises before any computation and names the argument and both shapes."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def check_offsets(operator: str, cu_seqlens: Tensor, batch: int, length: int) ->
         raise ValueError(f"{operator}: cu_seqlens starts at {offsets[0]}, expected 0")
     if offsets[-1] != length:
         raise ValueError(f"{operator}: cu_seqlens ends at {offsets[-1]}, expected S = {length}")
-    for n, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(offsets)):
         if end <= start:
             raise ValueError(f"{operator}: cu_seqlens[{n}] = {start} and cu_seqlens[{n + 1}] = {end}, expected increasing")
     return offsets

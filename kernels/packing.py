@@ -5,19 +5,17 @@ at the end of the shorter rows: a token with k = 0, beta = 0, log_decay = 0 (x =
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-MaybeTensor = TypeVar("MaybeTensor", Tensor, None)
 
 
 class Packing:
     """Where each token of a packed row goes in the padded rows."""
 
     def __init__(self, offsets: Sequence[int], device: torch.device) -> None:
-        lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(offsets)]
         self.count = len(lengths)
         self.longest = max(lengths)
         self.lengths = torch.tensor(lengths, device=device)
@@ -25,10 +23,8 @@ class Packing:
         start = torch.tensor(offsets[:-1], device=device)
         self.index = torch.arange(offsets[-1], device=device) - start[row] + row * self.longest  # [S]
 
-    def unpack(self, x: MaybeTensor) -> MaybeTensor:
-        """``[1,S,...] -> [N,S_max,...]``, zeros behind each sequence. None passes."""
-        if x is None:
-            return x
+    def unpack(self, x: Tensor) -> Tensor:
+        """``[1,S,...] -> [N,S_max,...]``, zeros behind each sequence."""
         padded = x.new_zeros(self.count * self.longest, *x.shape[2:]).index_copy(0, self.index, x[0])
         return padded.unflatten(0, (self.count, self.longest))
 

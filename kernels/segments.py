@@ -8,8 +8,8 @@ share a sign, nothing cancels and every factor lies in [0, 1].
 * One gate per token: all pairs at once, :func:`pair_decays`.
 * One gate per channel: pairs would need ``C x C x K`` exponentials. Split the chunk in halves, and the halves again: for i in
   the right and j in the left half around a midpoint m, the exponent is (sum from m to i) + (sum from j+1 to m-1), one factor for
-  the query and one for the key, so each of the log2(C) levels is an ordinary matrix product of scaled queries and keys, masked to
-  its own pairs. :class:`Levels` holds the matrices, :func:`level_decays` the factors, :func:`decayed_products` the result.
+  the query and one for the key, so each of the log2(C) levels is an ordinary matrix product of scaled queries and keys, masked
+  to its own pairs. :class:`Levels` holds the matrices, :func:`level_decays` the factors, :func:`decayed_products` the result.
 """
 
 from functools import lru_cache
@@ -48,50 +48,47 @@ def pair_decays(log_decay: Tensor, *, ends: bool) -> Tensor:
 class Levels:
     """The fixed matrices of the halving scheme for chunks of C tokens.
 
-    ``sums [rows, C]`` maps gates to exponents: L*C rows for queries, L*C rows for keys (level-major), then C rows "from before
-    the chunk to token i" and C rows "from token j to the end". ``masks [L, C, C]`` says which pairs belong to a level; level 0
-    is the diagonal.
+    Level l splits blocks of 2^(l+1) tokens in halves. A token is in one half only, so one factor a token and level is enough: in a
+    right half the decay from the midpoint to the token, in a left half the decay from the token to the midpoint.
+    ``sums [L*C (+ 2C), C]`` maps gates to the exponents, level-major; with ``ends`` followed by C rows "from before the chunk
+    to token i" and C rows "from token j to the end". ``masks [L,C,C]`` says which pairs (i right, j left) belong to a level.
     """
 
-    def __init__(self, C: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.C = C
-        self.count = 1 + (C - 1).bit_length()
-        position = torch.arange(C)
-        t = position.view(1, -1)
-        queries, keys, masks = [torch.zeros(C, C)], [torch.zeros(C, C)], [torch.eye(C)]
-        for level in range(self.count - 1):
-            right = (position >> level & 1).bool().view(-1, 1)
-            middle = ((position >> level) << level).view(-1, 1)  # of a right-half position: where its half begins
-            after = (((position >> level) + 1) << level).view(-1, 1)  # of a left-half position: where the right half begins
-            i = position.view(-1, 1)
-            queries.append((right & (t >= middle) & (t <= i)).float())
-            keys.append((~right & (t > i) & (t < after)).float())
-            same_pair = (position >> (level + 1)).view(-1, 1) == (position >> (level + 1)).view(1, -1)
-            masks.append((same_pair & right & ~right.view(1, -1)).float())
-        i = position.view(-1, 1)
-        sums = [*queries, *keys, (t <= i).float(), (t > i).float()]
-        with torch.inference_mode(False):
-            self.sums = torch.cat(sums).to(device=device, dtype=dtype)
-            self.masks = torch.stack(masks).to(device=device, dtype=dtype)
+    def __init__(self, C: int, ends: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.count = (C - 1).bit_length()
+        i = torch.arange(C).view(-1, 1)
+        t = torch.arange(C).view(1, -1)
+        sums, masks = [], []
+        for level in range(self.count):
+            right = (i >> level & 1).bool()
+            edge = ((i >> level) + (~right).long()) << level  # where the right half of the token's block begins
+            sums.append(torch.where(right, (t >= edge) & (t <= i), (t > i) & (t < edge)))
+            masks.append((i >> (level + 1) == t >> (level + 1)) & right & ~right.mT)
+        if ends:
+            sums += [t <= i, t > i]
+        with torch.inference_mode(False):  # a cached inference tensor could not be used in training later
+            empty = torch.zeros(0, C, dtype=torch.bool)
+            self.sums = torch.cat([empty, *sums]).to(device=device, dtype=dtype)
+            self.masks = torch.cat([empty, *masks]).view(self.count, C, C).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=64)
-def levels(C: int, dtype: torch.dtype, device: torch.device) -> Levels:
-    with torch.inference_mode(False):
-        return Levels(C, dtype, device)
+def levels(C: int, ends: bool, dtype: torch.dtype, device: torch.device) -> Levels:
+    return Levels(C, ends, dtype, device)
 
 
-def level_decays(log_decay: Tensor, plan: Levels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``[M,C,K]`` -> factors for queries ``[M,L,C,K]``, for keys ``[M,L,C,K]``, from the start ``[M,C,K]``, to the end ``[M,C,K]``."""
+def level_decays(log_decay: Tensor, plan: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """``[M,C,K]`` -> factors by level ``[M,L,C,K]``, from the start ``[M,C,K]``, to the end ``[M,C,K]`` (empty without ends)."""
     M, C, K = log_decay.shape
-    sums = plan.sums.expand(M, -1, -1)
-    factors = torch.bmm(sums, log_decay.clamp_min(-LIMIT)).exp()
-    n = plan.count * C
-    queries, keys, start, end = factors.split([n, n, C, C], dim=1)
-    return queries.view(M, plan.count, C, K), keys.view(M, plan.count, C, K), start, end
+    factors = torch.bmm(plan.sums.expand(M, -1, -1), log_decay.clamp_min(-LIMIT)).exp()
+    by_level = factors[:, : plan.count * C].view(M, plan.count, C, K)
+    start, end = factors[:, plan.count * C :].chunk(2, dim=1) if factors.shape[1] > plan.count * C else (factors, factors)
+    return by_level, start, end
 
 
-def decayed_products(q: Tensor, k: Tensor, query_decays: Tensor, key_decays: Tensor, masks: Tensor) -> Tensor:
-    """``A_ij = sum_k q_ik k_jk exp(sum of g_k over j < t <= i)`` for the pairs of ``masks``: ``[M,C,K] -> [M,C,C]``."""
-    by_level = torch.matmul(q.unsqueeze(1) * query_decays, (k.unsqueeze(1) * key_decays).mT)  # [M,L,C,C]
-    return (by_level * masks).sum(1)
+def decayed_products(q: Tensor, scaled_k: Tensor, by_level: Tensor, masks: Tensor) -> Tensor:
+    """``A_ij = sum_k q_ik k_jk exp(sum of g_k over j < t <= i)`` for j < i, else 0: ``[M,C,K] -> [M,C,C]``.
+
+    ``scaled_k [M,L,C,K]`` is ``k * by_level``, which two products of the delta rule share.
+    """
+    return (torch.matmul(q.unsqueeze(1) * by_level, scaled_k.mT) * masks).sum(1)

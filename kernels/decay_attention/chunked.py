@@ -45,9 +45,10 @@ def decay_attention(
     if log_decay is None:
         weights = torch.bmm(q, k.mT).tril()
     elif vector:
-        plan = levels(C, q.dtype, q.device)
-        query_decays, key_decays, start, end = level_decays(to_chunks(log_decay, n, C), plan)
-        weights = decayed_products(q, k, query_decays, key_decays, plan.masks)
+        plan = levels(C, with_states, q.dtype, q.device)
+        by_level, start, end = level_decays(to_chunks(log_decay, n, C), plan)
+        weights = decayed_products(q, k.unsqueeze(1) * by_level, by_level, plan.masks)
+        weights = weights + torch.diag_embed((q * k).sum(-1))  # a token sees itself undecayed
         if with_states:
             read, write, total = q * start, k * end, start[:, -1].view(B, H, n, K, 1)
     else:

@@ -81,7 +81,7 @@ def decay_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    scale = K**-0.5 if scale is None else float(scale)
+    factor = K**-0.5 if scale is None else float(scale)
     if S == 0 or N == 0:
         state = q.new_zeros(N, H, K, V) if initial_state is None else initial_state.clone()
         return v.to(out_dtype, copy=True), state if output_state else None
@@ -95,9 +95,9 @@ def decay_attention(
             log_decay = real.unsqueeze(-1) * log_decay
     with full_precision(q.device):
         if isinstance(visibility, Bidirectional):
-            o, state = _both_directions(q, k, v, log_decay, scale, visibility, chosen), None
+            o, state = _both_directions(q, k, v, log_decay, factor, visibility, chosen), None
         else:
-            o, state = _causal(q, k, v, log_decay, scale, initial_state, output_state, chosen)
+            o, state = _causal(q, k, v, log_decay, factor, initial_state, output_state, chosen)
     if packing is not None:
         o = packing.pack(o)
     return o.to(out_dtype), state

@@ -11,9 +11,11 @@ arXiv:2412.06464; per channel arXiv:2510.26692):
     P_{ij} = s \sum_\kappa q_{i\kappa} k_{j\kappa} D_{ij\kappa} \; (j \le i), \quad
     S' = D_{C,0} S + (K \odot D_{C,\cdot})^\top \tilde U .
 
-Both right-hand sides are solved for all chunks at once; the loop over chunks is two products each. How the decays are formed
-is in ``segments.py``.
+:math:`(I + A)^{-1}` is found by forward substitution and applied to both right-hand sides, for all chunks at once; the loop over
+chunks is two products each. How the decays are formed is in ``segments.py``.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +57,12 @@ def delta_rule(
         system = torch.bmm(bk, k.mT)
         weights = torch.bmm(q, k.mT).tril()
     elif vector:
-        plan = levels(C, q.dtype, q.device)
-        query_decays, key_decays, start, end = level_decays(to_chunks(log_decay, n, C), plan)
-        weights = decayed_products(q, k, query_decays, key_decays, plan.masks)
-        system = decayed_products(bk, k, query_decays[:, 1:], key_decays[:, 1:], plan.masks[1:])
+        plan = levels(C, with_states, q.dtype, q.device)
+        by_level, start, end = level_decays(to_chunks(log_decay, n, C), plan)
+        scaled_k = k.unsqueeze(1) * by_level
+        system = decayed_products(bk, scaled_k, by_level, plan.masks)
+        weights = decayed_products(q, scaled_k, by_level, plan.masks)
+        weights = weights + torch.diag_embed((q * k).sum(-1))  # a token reads its own write undecayed
         if with_states:
             read, write, erase, total = q * start, k * end, bk * start, start[:, -1].view(B, H, n, K, 1)
     else:
@@ -71,13 +75,13 @@ def delta_rule(
             read, write, erase = q * start, k * decays[:, -1, 1:].unsqueeze(-1), bk * start
             total = decays[:, -1, 0].view(B, H, n, 1, 1)
 
-    # Only what lies strictly below the diagonal of `system` is read: the solver takes the diagonal as ones.
+    solve: Tensor = _UnitLowerInverse.apply(system)  # pyright: ignore[reportAssignmentType]
     target = b * v
     if n == 1:
         state = initial_state
         if state is not None:
             target = torch.baddbmm(target, erase, state.reshape(-1, K, V), alpha=-1)
-        u = torch.linalg.solve_triangular(system, target, upper=False, unitriangular=True)
+        u = torch.bmm(solve, target)
         o = torch.bmm(weights, u)
         if state is not None:
             o = torch.baddbmm(o, read, state.reshape(-1, K, V))
@@ -88,8 +92,8 @@ def delta_rule(
             written = written + (state if total is None else total[:, :, 0] * state)
         return from_chunks(o, B, H, S), written
 
-    solved = torch.linalg.solve_triangular(system, torch.cat([target, erase], -1), upper=False, unitriangular=True)
-    u0, w = (x.view(B * H, n, C, -1) for x in solved.split([V, K], dim=-1))
+    u0 = torch.bmm(solve, target).view(B * H, n, C, V)
+    w = torch.bmm(solve, erase).view(B * H, n, C, K)
     write = write.view(B * H, n, C, K)
     if total is not None:
         total = total.view(B * H, n, -1, 1)
@@ -104,3 +108,24 @@ def delta_rule(
     states = torch.stack(incoming, dim=1).view(-1, K, V)
     o = torch.baddbmm(torch.bmm(weights, u), read, states)
     return from_chunks(o, B, H, S), state.view(B, H, K, V)
+
+
+class _UnitLowerInverse(torch.autograd.Function):
+    """``(I + strictly lower part of A)^{-1}``, ``[M,C,C]``; what lies on and above the diagonal of A is ignored.
+
+    Its own backward, ``dA = -tril(T^T dT T^T, -1)`` with T the inverse, costs two products where the derivative of the library's
+    solver runs further triangular solves, several times slower on a CPU. It is differentiable again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, system: Tensor) -> Tensor:
+        C = system.shape[-1]
+        identity = torch.eye(C, dtype=system.dtype, device=system.device).expand_as(system)
+        inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True).contiguous()
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return torch.bmm(torch.bmm(inverse.mT, grads[0]), inverse.mT).tril(-1).neg()

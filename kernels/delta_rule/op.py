@@ -86,19 +86,19 @@ def delta_rule(
     q, k, v, beta = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    scale = K**-0.5 if scale is None else float(scale)
+    factor = K**-0.5 if scale is None else float(scale)
     if S == 0 or N == 0:
         state = q.new_zeros(N, Hv, K, V) if initial_state is None else initial_state.clone()
         return q.new_zeros(B, S, Hv, V, dtype=out_dtype), state if output_state else None
     packing = None if offsets is None else Packing(offsets, q.device)
     if packing is not None:
         q, k, v, beta = packing.unpack(q), packing.unpack(k), packing.unpack(v), packing.unpack(beta)
-        log_decay = packing.unpack(log_decay)
+        log_decay = None if log_decay is None else packing.unpack(log_decay)
     with full_precision(q.device):
         if isinstance(visibility, Bidirectional):
-            inputs = [with_reversed(x) for x in (q, k, v, beta)]
+            q, k, v, beta = with_reversed(q), with_reversed(k), with_reversed(v), with_reversed(beta)
             log_decay = None if log_decay is None else with_reversed(log_decay)
-            both, _ = _causal(*inputs, log_decay, scale, None, False, chosen, R)
+            both, _ = _causal(q, k, v, beta, log_decay, factor, None, False, chosen, R)
             forward, backward = split_directions(both)
             if direction_gate is None:
                 o = 0.5 * (forward + backward)
@@ -106,7 +106,7 @@ def delta_rule(
                 o = torch.lerp(backward, forward, direction_gate.to(dtype).unsqueeze(-1))
             state = None
         else:
-            o, state = _causal(q, k, v, beta, log_decay, scale, initial_state, output_state, chosen, R)
+            o, state = _causal(q, k, v, beta, log_decay, factor, initial_state, output_state, chosen, R)
     if packing is not None:
         o = packing.pack(o)
     return o.to(out_dtype), state
