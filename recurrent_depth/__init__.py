@@ -1,0 +1,32 @@
+"""Recurrent depth: the same blocks run again and again, so that thinking longer needs no more parameters.
+
+:class:`DepthRecurrence` is the method; the values :class:`InitialState`, :class:`Injection`, :class:`StepSampler`,
+:class:`GradientWindow`, :class:`ExitRule` and :class:`Readout` are what a published variant is a combination of. Latent thoughts
+(Coconut) live in :mod:`latentcot.recurrent_depth.latent_thoughts`.
+"""
+
+from latentcot.recurrent_depth.depth_recurrence import DepthRecurrence
+from latentcot.recurrent_depth.exit_rule import ExitRule
+from latentcot.recurrent_depth.gradient_window import GradientWindow
+from latentcot.recurrent_depth.initial_state import InitialState
+from latentcot.recurrent_depth.injection import Adapter, Injection
+from latentcot.recurrent_depth.loop import DepthLoop, LoopOutput
+from latentcot.recurrent_depth.monitors import relative_residual, state_rms, token_correlation
+from latentcot.recurrent_depth.readout import Readout
+from latentcot.recurrent_depth.step_sampler import StepSampler
+
+__all__ = [
+    "Adapter",
+    "DepthLoop",
+    "DepthRecurrence",
+    "ExitRule",
+    "GradientWindow",
+    "InitialState",
+    "Injection",
+    "LoopOutput",
+    "Readout",
+    "StepSampler",
+    "relative_residual",
+    "state_rms",
+    "token_correlation",
+]

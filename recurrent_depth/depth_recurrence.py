@@ -1,0 +1,179 @@
+"""``depth_recurrence``: answer at once, but think with the same blocks again and again (arXiv:2502.05171).
+
+Layout, learned tokens in capitals, as for ``direct``::
+
+    prompt <ans> ANSWER <EOS>
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentcot.backbone import HybridOutput, ModelState
+from latentcot.backbone.model import CACHE_KEY
+from latentcot.reasoner import (
+    SPECIAL,
+    AnswerLimits,
+    AnswerOutput,
+    LossOutput,
+    PromptBatch,
+    Sites,
+    StepContext,
+    TaskBatch,
+    Trace,
+    register_method,
+)
+from latentcot.recurrent_depth.exit_rule import ExitRule
+from latentcot.recurrent_depth.loop import DepthLoop
+from latentcot.recurrent_depth.settings import check_count, check_keys, read_value
+from latentcot.sequences import answer, constant, greedy_decode, join, label_loss, prompt, until_stop
+
+ANSWER_SEED = 0
+
+
+@register_method("depth_recurrence")
+class DepthRecurrence(DepthLoop):
+    """Depth recurrence as a method; settings and architecture: :class:`~latentcot.recurrent_depth.loop.DepthLoop`.
+
+    Training draws one r a step (the same on every worker) and lets gradient through the last k recurrences. Answering takes
+    ``recurrences`` and ``exit_rule`` from the settings or, overriding them, from ``limits.knobs`` under the same names.
+    """
+
+    def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
+        """Next-token loss on answer and ``<eos>``. ``parts`` also says how many recurrences were drawn."""
+        row = join(
+            [
+                prompt(batch.prompts),
+                constant(batch.answer_ids, SPECIAL.ans),
+                answer(batch),
+                constant(batch.answer_ids, SPECIAL.eos, learn=True),
+            ]
+        )
+        r = self.sampler.at_step(ctx.step)
+        output = self.recur(row.ids, r, attention_mask=row.mask, generator=ctx.generator, window=self.window)
+        loss = label_loss(output.logits, row.labels)
+        lengths = row.mask.sum(1).double()
+        flops = self.flops(lengths, recurrences=r, head=lengths)  # type: ignore[arg-type]
+        return LossOutput(loss, {"loss": float(loss.detach()), "recurrences": float(r)}, float(flops.sum()))  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def answer(
+        self, prompts: PromptBatch, limits: AnswerLimits = AnswerLimits(), generator: torch.Generator | None = None
+    ) -> AnswerOutput:
+        """Greedy answers.
+
+        The random initial state is one draw for each position, the same for every row of the batch and of a size that the task's
+        limits set: a row's answer depends neither on its neighbours nor on padding. Without ``generator`` the draw is a fixed one.
+
+        ``sequential_passes``: r + 1 a token (each recurrence of the core waits for the one before; prelude and coda together are
+        one more). With a fixed r, tokens after the first continue from the state; with an exit rule each token reads its whole row
+        again, because rows that stop early leave no complete state. ``info["recurrences"] [B]``: r of the answer's first token.
+        """
+        r, rule = self._depth(limits.knobs)
+        if limits.sequential_passes is not None:
+            r = min(r, check_count("limits.sequential_passes", limits.sequential_passes, 2) - 1)
+        most = prompts.limits.answer_tokens
+        if limits.new_tokens is not None:
+            most = min(most, limits.new_tokens)
+        if limits.sequential_passes is not None:
+            most = min(most, limits.sequential_passes // (r + 1))
+        start = join([prompt(prompts), constant(prompts.ids, SPECIAL.ans)], side="left")
+        noise = self._noise(prompts, generator)
+        if rule.active:
+            return self._answer_with_exits(start.ids, start.mask, r, rule, noise, most)
+        first = self.recur(
+            start.ids, r, attention_mask=start.mask, initial_state=_at(noise, start.mask), use_cache=True, logits_to_keep=1
+        )
+        assert first.state is not None
+        decoded = greedy_decode(_FixedDepth(self, r, noise), first.logits[:, -1], first.state, most)  # type: ignore[arg-type]
+        given, later = start.mask.sum(1).double(), decoded.emitted.double() - 1
+        flops = self.flops(given, recurrences=r, head=1) + self.flops(later, given, recurrences=r, head=later)  # type: ignore[arg-type]
+        info = {"text": decoded.ids, "recurrences": first.recurrences}
+        return AnswerOutput(until_stop(decoded.ids), decoded.emitted, decoded.emitted * (r + 1), flops, info)  # type: ignore[arg-type]
+
+    def _answer_with_exits(
+        self, ids: Tensor, mask: Tensor, most_steps: int, rule: ExitRule, noise: Tensor | None, most_tokens: int
+    ) -> AnswerOutput:
+        batch = len(ids)
+        out = torch.full((batch, most_tokens), SPECIAL.pad, dtype=torch.int64, device=ids.device)
+        emitted, passes = torch.zeros_like(out[:, 0]), torch.zeros_like(out[:, 0])
+        flops = torch.zeros(batch, dtype=torch.float64, device=ids.device)
+        active = torch.arange(batch, device=ids.device)
+        first_steps = torch.zeros_like(emitted)
+        for position in range(most_tokens):
+            output = self.recur(
+                ids, most_steps, attention_mask=mask, initial_state=_at(noise, mask), exit_rule=rule, logits_to_keep=1
+            )
+            token, steps = output.logits[:, -1].argmax(-1), output.recurrences
+            if position == 0:
+                first_steps = steps
+            out[active, position] = token
+            emitted[active] += 1
+            passes[active] += steps + 1
+            # The last recurrence of a row that never settled is not looked at.
+            checks = rule.checks(steps.clamp(max=most_steps - 1)) if rule.decoded else 0
+            flops[active] += self.flops(mask.sum(1).double(), recurrences=steps, head=1, checks=checks)  # type: ignore[arg-type]
+            going = token != SPECIAL.eos
+            active, ids, mask = active[going], torch.cat([ids, token[:, None]], 1)[going], mask[going]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if not len(active):
+                break
+        return AnswerOutput(until_stop(out), emitted, passes, flops, {"text": out, "recurrences": first_steps})
+
+    @torch.no_grad()
+    def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
+        """Output of each chosen core block after each recurrence, prompt and ``<ans>`` read once: ``hidden [R, layers, B, S, D]``.
+
+        ``sites.blocks`` must lie in the core; ``sites.steps``: the first so many recurrences.
+        """
+        blocks = tuple(range(self.core.start, self.core.stop)) if sites.blocks is None else tuple(sites.blocks)
+        r = self.default_recurrences if sites.steps is None else min(sites.steps, self.default_recurrences)
+        start = join([prompt(prompts), constant(prompts.ids, SPECIAL.ans)])
+        noise = self._noise(prompts, None)
+        output = self.recur(start.ids, r, attention_mask=start.mask, initial_state=_at(noise, start.mask), record=blocks)
+        assert output.recorded is not None
+        hidden = torch.stack([torch.stack(step) for step in output.recorded])
+        return Trace(hidden, start.mask.expand(r, *start.mask.shape), tuple(f"block {b}" for b in sorted(blocks)))
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _depth(self, knobs: Mapping[str, Any]) -> tuple[int, ExitRule]:
+        check_keys("limits.knobs", knobs, ("recurrences", "exit_rule"))
+        r = check_count("limits.knobs: recurrences", knobs.get("recurrences", self.default_recurrences), 1)
+        return r, read_value("limits.knobs: exit_rule", ExitRule, knobs.get("exit_rule", self.exit_rule))
+
+    def _noise(self, prompts: PromptBatch, generator: torch.Generator | None) -> Tensor | None:
+        """Initial states by position ``[positions, D]``; ``None`` where nothing is drawn."""
+        if not self.initial.random:
+            return None
+        size = prompts.limits
+        positions = max(size.prompt_tokens, prompts.ids.shape[1]) + 1 + size.answer_tokens
+        weight = self.backbone.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        generator = torch.Generator().manual_seed(ANSWER_SEED) if generator is None else generator
+        return self.initial.draw(weight.new_empty(positions, weight.shape[1]), generator)
+
+
+def _at(noise: Tensor | None, mask: Tensor) -> Tensor | None:
+    """The initial state of each token by its position in its row, padding not counted: ``[B, S, D]``."""
+    return None if noise is None else noise[(mask.long().cumsum(1) - 1).clamp(min=0)]
+
+
+@dataclass(frozen=True)
+class _FixedDepth:
+    """A loop at fixed r as what :func:`greedy_decode` calls: one token in, its logits and the next state out."""
+
+    loop: DepthLoop
+    recurrences: int
+    noise: Tensor | None
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, state: ModelState) -> HybridOutput:
+        assert state.lengths is not None
+        start = None if self.noise is None else self.noise[state.lengths][:, None]
+        output = self.loop.recur(
+            input_ids, self.recurrences, attention_mask=attention_mask, initial_state=start, state=state, logits_to_keep=1
+        )
+        return HybridOutput(logits=output.logits, **{CACHE_KEY: output.state})

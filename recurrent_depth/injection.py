@@ -1,0 +1,72 @@
+r"""How a recurrence sees the input again: :class:`Injection`, and the module it builds.
+
+Every recurrence starts with the state :math:`s` and the prelude's output :math:`e`; joined, they enter the core. Huginn
+(arXiv:2502.05171) concatenates, *state first*, and maps :math:`2D \to D` without a bias. Adding worked as well in small models and
+worse in large ones.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from latentcot.recurrent_depth.settings import check_choice
+
+KINDS = ("linear", "add", "gate", "none")
+
+
+@dataclass(frozen=True)
+class Injection:
+    r"""Which join.
+
+    ======= ==================================================== ==============
+    kind    input of the core                                    parameters
+    ======= ==================================================== ==============
+    linear  :math:`A\,[s; e]`                                    :math:`2D^2`
+    add     :math:`s + e`                                        none
+    gate    :math:`g s + (1 - g) e,\ g = \sigma(A\,[s; e])`      :math:`2D^2`
+    none    :math:`s`                                            none
+    ======= ==================================================== ==============
+
+    ``gate`` is our reading of a name that the released code lists. ``none`` shows the core its input only through an initial state of
+    kind ``embedding``.
+    """
+
+    kind: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_choice("injection: kind", self.kind, KINDS)
+
+    def build(self, width: int) -> "Adapter":
+        return Adapter(self.kind, width)
+
+
+class Adapter(nn.Module):
+    """The join as a module: ``state [B, S, D]``, ``embedded [B, S, D]`` to ``[B, S, D]``. The matrix starts as a normal of variance
+    2 / (5 D), cut at ±3 standard deviations (the initialisation of every linear map in Huginn)."""
+
+    def __init__(self, kind: str, width: int):
+        super().__init__()
+        self.kind = kind
+        if kind in ("linear", "gate"):
+            self.weight = nn.Parameter(torch.empty(width, 2 * width))
+            std = math.sqrt(2 / (5 * width))
+            nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std)
+
+    def forward(self, state: Tensor, embedded: Tensor) -> Tensor:
+        if self.kind == "none":
+            return state
+        if self.kind == "add":
+            return state + embedded
+        joined = nn.functional.linear(torch.cat([state, embedded], -1), self.weight)
+        if self.kind == "linear":
+            return joined
+        return torch.lerp(embedded, state, joined.sigmoid())
+
+    @property
+    def flops_per_token(self) -> float:
+        return 2.0 * self.weight.numel() if self.kind in ("linear", "gate") else 0.0
+
+    def extra_repr(self) -> str:
+        return self.kind

@@ -1,0 +1,319 @@
+r"""The depth loop over a hybrid backbone: prelude, core (again and again), coda. :class:`DepthLoop`.
+
+.. math::
+    e   &= \mathrm{Prelude}(c\, E[x]) \\
+    s_0 &\sim \text{initial state} \\
+    s_i &= \mathrm{Core}(\mathrm{Inject}(s_{i-1}, e)), \quad i = 1 \dots r, \text{ the same weights at every } i \\
+    z   &= n(s_r) \\
+    p   &= \mathrm{softmax}(W\, n(\mathrm{Coda}(z)))
+
+n is the backbone's final norm, one weight used twice and *outside* the loop; W its head; prelude, core and coda are runs of its
+blocks (arXiv:2502.05171). Core block b of recurrence i (from 0) keeps its token state at place ``(b, i)``.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentcot.backbone import HybridForCausalLM, ModelState, SequenceContext
+from latentcot.reasoner import Reasoner
+from latentcot.recurrent_depth.exit_rule import NO_EXIT, ExitRule
+from latentcot.recurrent_depth.gradient_window import FULL, GradientWindow
+from latentcot.recurrent_depth.initial_state import InitialState
+from latentcot.recurrent_depth.injection import Injection
+from latentcot.recurrent_depth.readout import Readout
+from latentcot.recurrent_depth.settings import check_count, merge, read_value, write_value
+from latentcot.recurrent_depth.step_sampler import StepSampler
+from latentcot.training.budget import FlopCounter
+
+DEFAULTS: dict[str, Any] = {
+    "prelude": 1,
+    "core": 2,
+    "coda": 1,
+    "initial_state": "like_init",
+    "injection": "linear",
+    "sampler": "lognormal_poisson",
+    "gradient_window": {"last": 8},
+    "exit_rule": "none",
+    "readout": {"loop_norm": "after_loop"},
+    "embedding_scale": None,
+    "recurrences": None,
+}
+
+
+@dataclass
+class LoopOutput:
+    """``hidden [B, S, D]``: the coda's output, before the last norm; ``logits [B, S or fewer, Vocab]``; ``final_state [B, S, D]``:
+    each row's s_r; ``recurrences [B]``: its r; ``state``: for the next tokens, when it was kept; ``recorded``: see ``record``."""
+
+    hidden: Tensor
+    logits: Tensor
+    final_state: Tensor
+    recurrences: Tensor
+    state: ModelState | None = None
+    recorded: list[list[Tensor]] | None = None
+
+
+class DepthLoop(Reasoner):
+    """The architecture and its forward pass; :class:`~latentcot.recurrent_depth.DepthRecurrence` adds training and answering.
+
+    Args:
+        backbone: its blocks are used as prelude, core and coda.
+        settings: see the README beside this file for every key; left-out keys take the values of ``DEFAULTS``.
+
+            * ``prelude``, ``core``, ``coda``: blocks of each part; they must add up to the backbone's, core at least 1.
+            * ``initial_state``, ``injection``, ``sampler``, ``gradient_window``, ``exit_rule``, ``readout``: the value of that name,
+              written as its kind or as a dict of its fields.
+            * ``embedding_scale``: factor c on token embeddings, ``"sqrt_width"`` for sqrt(D), ``None`` = the backbone's own.
+            * ``recurrences``: r when answering; ``None`` = the sampler's mean, rounded.
+
+    Raises:
+        ValueError: unknown keys (close ones are named), sizes that do not fit, values out of range, and ``injection`` "none" with an
+            initial state that does not show the core its input either.
+    """
+
+    def __init__(self, backbone: HybridForCausalLM, settings: Mapping[str, Any] | None = None):
+        merged = merge(type(self).__name__, DEFAULTS, settings)
+        blocks = backbone.config.num_hidden_layers
+        prelude = check_count("prelude", merged["prelude"])
+        core = check_count("core", merged["core"], 1)
+        coda = check_count("coda", merged["coda"])
+        if prelude + core + coda != blocks:
+            raise ValueError(f"prelude + core + coda: {prelude} + {core} + {coda} given, but the backbone has {blocks} blocks")
+        window = merged["gradient_window"]
+        values = {
+            "initial_state": read_value("initial_state", InitialState, merged["initial_state"]),
+            "injection": read_value("injection", Injection, merged["injection"]),
+            "sampler": read_value("sampler", StepSampler, merged["sampler"]),
+            "gradient_window": window
+            if isinstance(window, GradientWindow)
+            else read_value("gradient_window", GradientWindow, window if isinstance(window, Mapping) else {"last": window}),
+            "exit_rule": read_value("exit_rule", ExitRule, merged["exit_rule"]),
+            "readout": read_value(
+                "readout", Readout, {"loop_norm": merged["readout"]} if isinstance(merged["readout"], str) else merged["readout"]
+            ),
+        }
+        merged |= {name: write_value(value) for name, value in values.items()}
+        super().__init__(backbone, merged)
+        self.prelude, self.core = slice(0, prelude), slice(prelude, prelude + core)
+        self.coda = slice(prelude + core, blocks)
+        self.initial: InitialState = values["initial_state"]
+        self.injection: Injection = values["injection"]
+        self.sampler: StepSampler = values["sampler"]
+        self.window: GradientWindow = values["gradient_window"]
+        self.exit_rule: ExitRule = values["exit_rule"]
+        self.readout: Readout = values["readout"]
+        if self.injection.kind == "none" and self.initial.kind != "embedding":
+            raise ValueError(
+                f"injection: 'none' with initial_state {self.initial.kind!r} hides the input from the core; "
+                "use initial_state 'embedding' or another injection"
+            )
+        width = backbone.config.hidden_size
+        self.adapter = self.injection.build(width)
+        scale = merged["embedding_scale"]
+        own = backbone.config.embedding_scale
+        if scale is None:
+            scale = own
+        elif scale == "sqrt_width":
+            scale = width**0.5
+        elif isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
+            raise ValueError(f"embedding_scale: {scale!r} given, expected a positive number, 'sqrt_width' or None")
+        self.embedding_factor = scale / own
+        if merged["recurrences"] is not None:
+            check_count("recurrences", merged["recurrences"], 1)
+        self.default_recurrences: int = merged["recurrences"] or self.sampler.typical
+
+    # -- the pieces --------------------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings ``[B, S, D]`` with this method's scale."""
+        embedded = self.backbone.embed(input_ids)
+        return embedded if self.embedding_factor == 1 else embedded * self.embedding_factor
+
+    def step(
+        self,
+        previous: Tensor,
+        embedded: Tensor,
+        context: SequenceContext,
+        state: ModelState | None = None,
+        recurrence: int = 0,
+        record: tuple[int, ...] = (),
+    ) -> tuple[Tensor, ModelState | None, list[Tensor]]:
+        """One recurrence: :math:`s_{i-1}, e` to :math:`s_i`, all ``[B, S, D]``, and the token state with this recurrence's entries.
+        ``record``: core blocks whose outputs are returned too."""
+        hidden = self.adapter(previous, embedded)
+        recorded = []
+        for part in _parts(self.core, bool(record)):
+            hidden, state = self.backbone.run(hidden, context, part, state, recurrence)
+            if part.start in record:
+                recorded.append(hidden)
+        if self.readout.loop_norm == "every_recurrence":
+            hidden = self.backbone.model.norm(hidden)
+        return hidden, state, recorded
+
+    def finish(
+        self, final_state: Tensor, context: SequenceContext, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState | None]:
+        """Norm and coda behind the loop: s_r to the hidden state that the head (with its norm) reads."""
+        z = self.backbone.model.norm(final_state) if self.readout.loop_norm == "after_loop" else final_state
+        return self.backbone.run(z, context, self.coda, state)
+
+    # -- the whole pass ------------------------------------------------------------------------------------------------
+
+    def recur(
+        self,
+        input_ids: Tensor,
+        recurrences: int | None = None,
+        *,
+        initial_state: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        window: GradientWindow = FULL,
+        exit_rule: ExitRule = NO_EXIT,
+        state: ModelState | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        record: tuple[int, ...] = (),
+    ) -> LoopOutput:
+        r"""Read tokens with r recurrences.
+
+        Args:
+            input_ids: ``[B, S]``.
+            recurrences: r, at least 1; the most a row takes when there is an exit rule. Default: that of the settings.
+            initial_state: s_0 ``[B, S, D]``; drawn with ``generator`` when ``None``. Fix it and the pass is deterministic.
+            attention_mask: ``[B, S]``, 1 = real token; padding may stand anywhere and changes nothing.
+            cu_seqlens: offsets of packed sequences (B = 1).
+            window: how many of the last recurrences carry gradient; all by default.
+            exit_rule: rows stop when it says so and leave the computation; a row's result is that of the row alone.
+            state: of the tokens before; it must have been made with the same number of recurrences.
+            use_cache: return a state to continue from.
+            logits_to_keep: logits of the last so many positions only; 0 = all.
+            record: core blocks whose outputs to keep, recurrence by recurrence.
+
+        Raises:
+            ValueError: r below 1, a wrong shape, or an exit rule together with a state, packing or ``record`` (tokens that stop at
+                different depths would leave gaps in the state).
+        """
+        r = check_count("recurrences", self.default_recurrences if recurrences is None else recurrences, 1)
+        embedded = self.embed(input_ids)
+        context = SequenceContext.build(
+            *input_ids.shape,
+            input_ids.device,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            keep_state=use_cache or state is not None,
+        )
+        if exit_rule.active and (context.keep_state or cu_seqlens is not None or record):
+            raise ValueError(
+                "exit_rule: rows that stop early leave gaps in a state; leave out state, use_cache, cu_seqlens and record, "
+                "or read with a fixed number of recurrences"
+            )
+        if outside := [b for b in record if not self.core.start <= b < self.core.stop]:
+            raise ValueError(f"record: blocks {outside} given, but the core is blocks {self.core.start}..{self.core.stop - 1}")
+        self._check_depth(state, r)
+        embedded, state = self.backbone.run(embedded, context, self.prelude, state)
+        s = self._start(embedded, initial_state, generator)
+        if exit_rule.active:
+            s, taken = self._loop_with_exits(s, embedded, context, r, exit_rule, window)
+            kept = None
+        else:
+            without, _ = window.split(r)
+            kept = []
+            for i in range(r):
+                with torch.no_grad() if i < without else nullcontext():
+                    s, state, outputs = self.step(s, embedded, context, state, i, record)
+                kept.append(outputs)
+            taken = torch.full((len(s),), r, device=s.device)
+        hidden, state = self.finish(s, context, state)
+        logits = self.backbone.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        state = None if state is None else state.advance(context)
+        return LoopOutput(hidden, logits, s, taken, state, kept if record else None)
+
+    def _start(self, embedded: Tensor, given: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        if given is None:
+            return self.initial.draw(embedded, generator)
+        if given.shape != embedded.shape:
+            raise ValueError(f"initial_state: shape {list(given.shape)} given, expected [B, S, D] = {list(embedded.shape)}")
+        return given.to(embedded)
+
+    def _check_depth(self, state: ModelState | None, recurrences: int) -> None:
+        """A state made with another r has missing or outdated entries at some depth: both would be silently wrong."""
+        if state is None or state.is_fresh:
+            return
+        stored = 1 + max((i for block, i in state.entries if block == self.core.start), default=-1)
+        if stored != recurrences:
+            raise ValueError(f"state: it was made with {stored} recurrences, so it can not be continued with {recurrences}")
+
+    def _loop_with_exits(
+        self, s: Tensor, embedded: Tensor, context: SequenceContext, most: int, rule: ExitRule, window: GradientWindow
+    ) -> tuple[Tensor, Tensor]:
+        """The loop on the rows still at work: ``(s_r [B, S, D], r [B])``. Rows that settle are taken out, not computed on."""
+        rows = torch.arange(len(s), device=s.device)
+        without, _ = window.split(most)
+        memory: Tensor | None = None
+        done_rows, done_states, done_steps = [], [], []
+        for i in range(1, most + 1):
+            with torch.no_grad() if i <= without else nullcontext():
+                new, _, _ = self.step(s, embedded, context)
+            leaving = torch.zeros_like(rows, dtype=torch.bool)
+            if i == most:
+                leaving = ~leaving
+            elif rule.due(i):
+                leaving, memory = self._check_exit(s, new, context, rule, memory)
+                if i < rule.min_steps:
+                    leaving = torch.zeros_like(leaving)
+            s = new
+            if bool(leaving.any()):
+                done_rows.append(rows[leaving])
+                done_states.append(s[leaving])
+                done_steps.append(torch.full_like(rows[leaving], i))
+                stay = ~leaving
+                rows, s, embedded = rows[stay], s[stay], embedded[stay]
+                if not len(rows):
+                    break
+                memory = None if memory is None else memory[stay]
+                context = SequenceContext.build(
+                    *embedded.shape[:2], embedded.device, attention_mask=context.real_tokens[stay]
+                )
+        order = torch.cat(done_rows).argsort()
+        return torch.cat(done_states)[order], torch.cat(done_steps)[order]
+
+    @torch.no_grad()
+    def _check_exit(
+        self, previous: Tensor, state: Tensor, context: SequenceContext, rule: ExitRule, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        mask = context.real_tokens
+        logits = None
+        if rule.decoded:
+            logits = self.backbone.head(rule.view(self.finish(state, context)[0], mask))
+        value, memory = rule.measure(rule.view(previous, mask), rule.view(state, mask), logits, memory)
+        return rule.settled(value, mask), memory
+
+    # -- cost --------------------------------------------------------------------------------------------------------
+
+    def flops(
+        self,
+        new: Tensor | int,
+        past: Tensor | int = 0,
+        *,
+        recurrences: Tensor | int,
+        head: Tensor | int = 0,
+        checks: Tensor | int = 0,
+    ) -> Tensor | float:
+        """Forward FLOPs of ``new`` tokens after ``past`` ones, row by row: prelude, r times adapter and core, coda, head.
+
+        ``checks``: how many times coda and one position's head ran besides, for an exit rule that decodes.
+        """
+        prelude, core, coda = (FlopCounter(self.backbone, part) for part in (self.prelude, self.core, self.coda))
+        loop = core(new, past) + self.adapter.flops_per_token * new
+        return prelude(new, past) + loop * recurrences + coda(new, past, head) + (coda(new, past, 1)) * checks
+
+
+def _parts(blocks: slice, one_by_one: bool) -> list[slice]:
+    return [slice(b, b + 1) for b in range(blocks.start, blocks.stop)] if one_by_one else [blocks]

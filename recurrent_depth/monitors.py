@@ -1,0 +1,47 @@
+r"""Signs of a loop that is going wrong, as functions of its states.
+
+Two published failures show here first (arXiv:2502.05171): all positions of a sequence fall into the same state
+(:func:`token_correlation` goes to 1), and the loop learns to ignore its state (the loss does not depend on r).
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_correlation(state: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Mean cosine between different positions of a row, ``[B]``.
+
+    Args:
+        state: ``[B, S, D]``.
+        mask: real positions ``[B, S]``; all when ``None``. Rows with fewer than two have no pairs: NaN.
+    """
+    mask = _mask(state, mask)
+    unit = torch.nn.functional.normalize(state, dim=-1) * mask[..., None]
+    n = mask.sum(1).to(state.dtype)
+    # The sum over all pairs is the squared length of the sum of unit vectors; the diagonal leaves again.
+    together = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    return together / (n * (n - 1))
+
+
+def relative_residual(previous: Tensor, state: Tensor) -> Tensor:
+    r""":math:`\lVert s_i - s_{i-1} \rVert / \lVert s_i \rVert` over the last axis: ``[B, S, D]`` twice to ``[B, S]``. Where the state is
+    exactly 0 the quotient is taken over the smallest positive number instead."""
+    if previous.shape != state.shape:
+        raise ValueError(f"previous: shape {list(previous.shape)} given, expected that of state, {list(state.shape)}")
+    tiny = torch.finfo(state.dtype).tiny
+    return (state - previous).norm(dim=-1) / state.norm(dim=-1).clamp(min=tiny)
+
+
+def state_rms(state: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Root mean square over positions and channels, ``[B]``."""
+    mask = _mask(state, mask)
+    squares = (state.square().mean(-1) * mask).sum(1)
+    return (squares / mask.sum(1).clamp(min=1)).sqrt()
+
+
+def _mask(state: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+    if mask.shape != state.shape[:2]:
+        raise ValueError(f"mask: shape {list(mask.shape)} given, expected {list(state.shape[:2])}")
+    return mask.bool()
