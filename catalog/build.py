@@ -111,7 +111,8 @@ def build_record(cluster: Cluster, rules: dict, dates: dict[str, str], report: R
     if unknown:
         report.note(key, "title", unknown[0])
     if verdict.conflict:
-        report.conflict(key, "venue", verdict.conflict, f"{verdict.venue.name} {verdict.venue.year}" if verdict.venue else None)
+        taken = f"{verdict.venue.name} {verdict.venue.year}" if verdict.venue else None
+        report.conflict(key, "venue", verdict.conflict, taken)
     provenance = {"title": _provenance(title.row, dates, "low" if unknown else title.confidence)}
     if authors_row:
         provenance["authors"] = _provenance(authors_row, dates, "medium")
@@ -142,7 +143,11 @@ def build_record(cluster: Cluster, rules: dict, dates: dict[str, str], report: R
         "citekey": "unassigned",
         "citekey_aliases": [],
         "sources": [
-            {"source": entry.source, "ref": row.ref, "section": None if entry.source == SEEDS else " > ".join(entry.section)}
+            {
+                "source": entry.source,
+                "ref": row.ref,
+                "section": None if entry.source == SEEDS else " > ".join(entry.section),
+            }
             for row in cluster.rows
             for entry in row.listings
         ],
@@ -190,7 +195,8 @@ def _published(cluster: Cluster) -> tuple[PartialDate | None, Row | None]:
         return PartialDate(value=parse_arxiv(cluster.arxiv).month, precision="month"), row
     for row in cluster.rows:
         if row.date:
-            return PartialDate.model_validate({"value": row.date, "precision": "month" if len(row.date) == 7 else "year"}), row
+            precision = "month" if len(row.date) == 7 else "year"
+            return PartialDate.model_validate({"value": row.date, "precision": precision}), row
     return None, None
 
 

@@ -79,7 +79,9 @@ def classify(key: str, title: str, rows: tuple[Row, ...], rules: dict) -> tuple[
     return taxonomy, listed
 
 
-def facets(title: str, taxonomy: Taxonomy, listed: list[str], rows: tuple[Row, ...], links: list[Link], rules: dict) -> Facets:
+def facets(
+    title: str, taxonomy: Taxonomy, listed: list[str], rows: tuple[Row, ...], links: list[Link], rules: dict
+) -> Facets:
     """Facet values that follow from evidence, in the order of the vocabulary."""
     found: dict[str, set[str]] = {name: set() for name in Facets.model_fields}
     for leaf in listed:
@@ -99,5 +101,8 @@ def facets(title: str, taxonomy: Taxonomy, listed: list[str], rows: tuple[Row, .
             found[rule["facet"]].add(rule["value"])
     if any(link.kind == "code" and link.official is not False for link in links):
         found["artifacts"].add("code")
-    values = {entry.slug: [value.slug for value in entry.values if value.slug in found[entry.slug]] for entry in load_facets().facets}
+    values = {
+        entry.slug: [value.slug for value in entry.values if value.slug in found[entry.slug]]
+        for entry in load_facets().facets
+    }
     return Facets.model_validate({name: values[name] for name in Facets.model_fields})

@@ -113,7 +113,8 @@ def near_pairs(titles: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         # unless the title is a part of a longer one: the rarest words of the part then stand in the whole.
         rare = sorted(tokens[index], key=lambda word: (len(holders[word]), word))[:4]
         for other in sorted({place for word in rare for place in holders[word]} - {index}):
-            if entries[other][0] != key and (near_title(title, entries[other][1]) or same_title(title, entries[other][1])):
-                left, right = sorted((key, entries[other][0]))
+            other_key, other_title = entries[other]
+            if other_key != key and (near_title(title, other_title) or same_title(title, other_title)):
+                left, right = sorted((key, other_key))
                 pairs.add((left, right))
     return sorted(pairs)

@@ -6,14 +6,18 @@ identifier (``math.GT``) is not part of it, and a missing archive is never guess
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # Archives that issued identifiers before April 2007, the closed ones included.
-OLD_ARCHIVES = frozenset(
-    ["acc-phys", "adap-org", "alg-geom", "ao-sci", "astro-ph", "atom-ph", "bayes-an", "chao-dyn", "chem-ph", "cmp-lg", "comp-gas", "cond-mat", "cs", "dg-ga", "funct-an", "gr-qc", "hep-ex", "hep-lat", "hep-ph", "hep-th", "math", "math-ph", "mtrl-th", "nlin", "nucl-ex", "nucl-th", "patt-sol", "physics", "plasm-ph", "q-alg", "q-bio", "quant-ph", "solv-int", "supr-con"]
-)
+_OLD_ARCHIVES = """
+acc-phys adap-org alg-geom ao-sci astro-ph atom-ph bayes-an chao-dyn chem-ph cmp-lg comp-gas cond-mat cs dg-ga funct-an
+gr-qc hep-ex hep-lat hep-ph hep-th math math-ph mtrl-th nlin nucl-ex nucl-th patt-sol physics plasm-ph q-alg q-bio
+quant-ph solv-int supr-con
+"""
+OLD_ARCHIVES = frozenset(_OLD_ARCHIVES.split())
 
 _ARXIV_HOST = re.compile(r"^(?:(?:www|export|browse|[a-z]{2})\.)?arxiv\.org$|^(?:www\.)?alphaxiv\.org$")
 _ARXIV_PATH = re.compile(r"^/(?:abs|pdf|html|format|ps|src|e-print|overview|forum)/(?P<rest>.+)$")
@@ -108,7 +112,7 @@ def _strip_address(body: str, given: str) -> str:
         raise IdentifierError(f"{_short(given)} is an address of {host or 'no host'}, not of arXiv")
     match = _ARXIV_PATH.match(unquote(parts.path))
     if not match:
-        raise IdentifierError(f"{_short(given)} is an arXiv address that names no paper (expected /abs/, /pdf/, /html/)")
+        raise IdentifierError(f"{_short(given)} is an arXiv address that names no paper (expected /abs/ or /pdf/)")
     return match["rest"]
 
 
@@ -200,17 +204,17 @@ def identify(text: str) -> Identifier | None:
         return Identifier("arxiv", arxiv.base, arxiv.version)
     except IdentifierError:
         pass
-    parsers: tuple[tuple[Kind, object], ...] = (("doi", parse_doi), ("openreview", parse_openreview), ("acl", parse_acl))
-    for kind, parse in parsers:
+    parsers: dict[Kind, Callable[[str], str]] = {"doi": parse_doi, "openreview": parse_openreview, "acl": parse_acl}
+    for kind, parse in parsers.items():
         try:
-            return Identifier(kind, parse(text))  # type: ignore[operator]
+            return Identifier(kind, parse(text))
         except ValueError:  # IdentifierError, or an address that urlsplit refuses
             continue
     return None
 
 
 def record_key(identifier: Identifier) -> str:
-    """The permanent key of a record with this identifier; it is also a file name, so awkward characters become ``_``."""
+    """The permanent key of a record with this identifier; a file name too: awkward characters become ``_``."""
     if identifier.kind == "arxiv":
         return identifier.value.replace("/", "_")
     return f"{identifier.kind}-{re.sub(r'[^A-Za-z0-9._-]', '_', identifier.value)}"

@@ -1,6 +1,7 @@
 """The import report: what happened to every raw row, as JSON for tests and as Markdown for readers."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class Report:
         self.rows.sort(key=lambda entry: (order[entry["row"].partition(":")[0]], int(entry["row"].partition(":")[2])))
         self.records = len(records)
         self.records_before_seeds = sum(any(not s.ref.startswith("seeds:") for s in r.sources) for r in records)
-        self.retitled = [{"key": r.key, "title": r.title, "other_titles": r.other_titles} for r in records if r.other_titles]
+        self.retitled = [
+            {"key": r.key, "title": r.title, "other_titles": r.other_titles} for r in records if r.other_titles
+        ]
         holders: dict[str, list[str]] = {}
         for record in records:
             for link in record.links:
@@ -98,7 +101,14 @@ class Report:
 
 
 def _entry(row: Row, outcome: str, key: str | None, reason: str | None) -> dict[str, Any]:
-    return {"row": row.ref, "outcome": outcome, "key": key, "listed_arxiv": row.listed_arxiv, "title": row.title, "reason": reason}
+    return {
+        "row": row.ref,
+        "outcome": outcome,
+        "key": key,
+        "listed_arxiv": row.listed_arxiv,
+        "title": row.title,
+        "reason": reason,
+    }
 
 
 def write_report(report: Report, catalog: Path) -> int:
@@ -125,44 +135,55 @@ def markdown(report: Report) -> str:
     """The summary for readers."""
     counts = report.counts()
     left = [entry for entry in report.rows if entry["outcome"] == "left_out"]
-    lines = [
-        "# Import report",
-        "",
-        "Written by `python -m latentcot.catalog.importer`; the same facts for programs are in `import_report.json`,",
-        "where every raw row stands with what became of it. Rows of `neighbours` and `seeds` are counted from 0.",
-        "",
-        f"{counts['rows']} rows gave **{counts['records']} records** ({counts['records_before_seeds']} before the seeds).",
-        "",
-        "| file | rows | kept | merged | left out |",
-        "| --- | ---: | ---: | ---: | ---: |",
+    files = report.files()
+    parts = [
+        "# Import report\n\n"
+        "Written by `python -m latentcot.catalog.importer`; the same facts for programs are in `import_report.json`,\n"
+        "where every raw row stands with what became of it. Rows of `neighbours` and `seeds` are counted from 0.\n\n"
+        f"{counts['rows']} rows gave **{counts['records']} records** "
+        f"({counts['records_before_seeds']} before the seeds).\n",
+        _table(
+            ["file", "rows", "kept", "merged", "left out"], [[file, *map(str, n.values())] for file, n in files.items()]
+        ),
+        "`kept` is the first row of a record, `merged` every further row of it.\n",
+        "## Rows left out\n",
+        _list(f"{entry['row']}: {_md(entry['title'])} ({entry['reason']})" for entry in left),
+        "## Identifiers resolved\n",
+        _table(
+            ["row", "title", "listed", "right", "why"],
+            [[e["row"], _md(e["title"]), e["listed"] or "none", e["right"], _md(e["reason"])] for e in report.resolved],
+        ),
+        "## Merged by title\n",
+        _list(f"{e['row']} into {e['into']} by {e['rule']}: {_md(e['title'])}" for e in report.merged),
+        "## Several titles\n\nThe current title first, then earlier, published or differently listed ones.\n",
+        _list(f"{e['key']}: {_md(e['title'])}; also: {_md('; '.join(e['other_titles']))}" for e in report.retitled),
+        "## Links left out\n",
+        _table(
+            ["record", "row", "link", "why"], [[e["key"], e["row"], e["url"], _md(e["reason"])] for e in report.links]
+        ),
+        "## Conflicts between lists\n\n"
+        "A venue that as many lists deny as state is `null`; contradicting repositories are all kept, unconfirmed.\n",
+        _table(
+            ["record", "field", "claims", "taken"],
+            [[e["key"], e["field"], _md(e["claims"]), e["chosen"] or "none"] for e in report.conflicts],
+        ),
+        "## Notes\n",
+        _list(f"{e['key']}, {e['field']}: {_md(e['note'])}" for e in report.notes),
+        "## Repositories listed for several papers\n",
+        _list(f"{e['url']}: {', '.join(e['keys'])}" for e in report.shared_code),
+        "## To be reviewed: near or equal titles\n\nNever merged automatically.\n",
+        _list(f"{e['one']} and {e['other']}: {_md(e['rule'])}" for e in report.reviews),
     ]
-    lines += [f"| {f} | {n['rows']} | {n['kept']} | {n['merged']} | {n['left_out']} |" for f, n in report.files().items()]
-    lines += ["", "`kept` is the first row of a record, `merged` every further row of it.", "", "## Rows left out", ""]
-    lines += [f"- {entry['row']}: {_md(entry['title'])} ({entry['reason']})" for entry in left]
-    lines += ["", "## Identifiers resolved", "", "| row | title | listed | right | why |", "| --- | --- | --- | --- | --- |"]
-    for entry in report.resolved:
-        lines.append(
-            f"| {entry['row']} | {_md(entry['title'])} | {entry['listed'] or '–'} | {entry['right']} | {_md(entry['reason'])} |"
-        )
-    lines += ["", "## Merged by title", ""]
-    lines += [f"- {e['row']} into {e['into']} by {e['rule']}: {_md(e['title'])}" for e in report.merged] or ["None."]
-    lines += ["", "## Several titles", "", "The current title first, then earlier, published or differently listed ones.", ""]
-    for entry in report.retitled:
-        others = "; ".join(_md(title) for title in entry["other_titles"])
-        lines.append(f"- {entry['key']}: {_md(entry['title'])} — also: {others}")
-    lines += ["", "## Links left out", "", "| record | row | link | why |", "| --- | --- | --- | --- |"]
-    lines += [f"| {e['key']} | {e['row']} | {e['url']} | {_md(e['reason'])} |" for e in report.links]
-    lines += ["", "## Conflicts between lists", ""]
-    lines += ["A venue that as many lists deny as state is `null`; contradicting repositories are both kept as not official.", ""]
-    lines += ["| record | field | claims | taken |", "| --- | --- | --- | --- |"]
-    lines += [f"| {e['key']} | {e['field']} | {_md(e['claims'])} | {e['chosen'] or 'none'} |" for e in report.conflicts]
-    lines += ["", "## Notes", ""]
-    lines += [f"- {e['key']}, {e['field']}: {_md(e['note'])}" for e in report.notes] or ["None."]
-    lines += ["", "## Repositories listed for several papers", ""]
-    lines += [f"- {e['url']}: {', '.join(e['keys'])}" for e in report.shared_code] or ["None."]
-    lines += ["", "## To be reviewed: near or equal titles", "", "Never merged automatically.", ""]
-    lines += [f"- {e['one']} and {e['other']}: {_md(e['rule'])}" for e in report.reviews] or ["None."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _list(items: Iterable[str]) -> str:
+    return "".join(f"- {item}\n" for item in items) or "None.\n"
 
 
 def _md(text: str) -> str:

@@ -259,4 +259,3 @@ def _field_order(item: tuple[str, object]) -> tuple[int, str]:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from latentcot.catalog.text import to_latin
 
-PARTICLES = frozenset(
-    ["af", "al", "bin", "da", "das", "de", "del", "della", "den", "der", "di", "do", "dos", "du", "el", "ibn", "la", "las", "le", "los", "san", "st", "ter", "ten", "van", "vande", "vander", "von", "zu", "zur"]
-)
-SUFFIXES = frozenset(["jr", "jr.", "sr", "sr.", "ii", "iii", "iv"])
+_PARTICLES = """
+af al bin da das de del della den der di do dos du el ibn la las le los san st ter ten van vande vander von zu zur
+"""
+PARTICLES = frozenset(_PARTICLES.split())
+SUFFIXES = frozenset({"jr", "jr.", "sr", "sr.", "ii", "iii", "iv"})
 CITEKEY = re.compile(r"^[A-Za-z][A-Za-z0-9_:-]*$")
 _ARTICLES = frozenset({"a", "an", "the"})
 _INITIALS = re.compile(r"^(?:[^\W\d_]\.)(?:-?[^\W\d_]\.)*$")

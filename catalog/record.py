@@ -222,4 +222,3 @@ def record_schema() -> dict[str, Any]:
         "$id": f"urn:latentcot:catalog:record:{SCHEMA_VERSION}",
         **schema,
     }
-

@@ -105,10 +105,13 @@ def build_lookup(records: list[Record]) -> dict[str, Record]:
         names += [f"{kind}:{value}" for kind, value in record.ids.model_dump().items() if value]
         for name in names:
             table.setdefault(name.lower(), record)
-    for record in records:  # addresses last: a repository shared by two papers must not hide a key
-        for link in record.links:
-            if link.kind in ("abs", "pdf", "openreview"):
-                table.setdefault(normal_url(link.url), record)
+    holders: dict[str, list[Record]] = {}
+    for record in records:
+        for url in dict.fromkeys(normal_url(link.url) for link in record.links):
+            holders.setdefault(url, []).append(record)
+    for url, found in holders.items():
+        if len(found) == 1:  # a repository that two papers share names neither
+            table.setdefault(url, found[0])
     return table
 
 

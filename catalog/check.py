@@ -1,0 +1,181 @@
+"""``papers check``: everything that can be wrong with the records, found without the network."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentcot.catalog.bibtex import entry
+from latentcot.catalog.identifiers import Identifier, IdentifierError, parse_acl, parse_arxiv, parse_doi, record_key
+from latentcot.catalog.leaves import load_facets, load_taxonomy
+from latentcot.catalog.names import CITEKEY
+from latentcot.catalog.record import Record, dump_json, dump_record, folder_of, record_schema
+from latentcot.catalog.store import CATALOG, PAPERS, CatalogError, parse_record
+from latentcot.catalog.text import normal_title, without_name
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, which rule, and what."""
+
+    where: str
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.rule}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check saw. ``paths_checked`` is false in an installed copy, which has no repository around it."""
+
+    records: list[Record]
+    problems: list[Problem]
+    paths_checked: bool
+
+
+def repository_root() -> Path | None:
+    """The checkout that this package lies in, or ``None`` for an installed copy."""
+    root = CATALOG.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "catalog").is_dir() else None
+
+
+def check_catalog(papers: Path = PAPERS, root: Path | None = None) -> Checked:
+    """Check every file below ``papers``; runnable paths are taken relative to ``root``."""
+    root = root or repository_root()
+    records: list[Record] = []
+    problems: list[Problem] = []
+    for path in sorted(papers.glob("**/*")):
+        if path.is_dir():
+            continue
+        name = path.relative_to(papers).as_posix()
+        if path.suffix != ".json" or len(path.relative_to(papers).parts) != 2:
+            problems.append(Problem(name, "place", "expected <yymm>/<key>.json and nothing else"))
+            continue
+        try:
+            data = path.read_bytes()
+            record = parse_record(data, name)
+        except CatalogError as error:
+            problems.append(Problem(name, "schema", str(error).removeprefix(f"{name}: ")))
+            continue
+        records.append(record)
+        problems += _file(path, data, record, name)
+    for record in records:
+        problems += _record(record, root)
+    problems += _across(records)
+    problems += _tables()
+    return Checked(sorted(records, key=lambda record: record.key), problems, root is not None)
+
+
+def _file(path: Path, data: bytes, record: Record, name: str) -> Iterator[Problem]:
+    if data != dump_record(record).encode():
+        yield Problem(
+            name, "format", "the file is not in canonical form (field order, two spaces, UTF-8, final newline)"
+        )
+    if path.stem != record.key:
+        yield Problem(name, "key", f"the file holds the key {record.key!r}")
+    folder = path.parent.name
+    if not re.fullmatch(r"\d{4}", folder):
+        yield Problem(name, "folder", f"expected four digits, given {folder!r}")
+    elif record.ids.arxiv and folder != folder_of(record.key, record.published, record.venue):
+        yield Problem(
+            name, "folder", f"expected {folder_of(record.key, record.published, record.venue)}, given {folder}"
+        )
+
+
+def _record(record: Record, root: Path | None) -> Iterator[Problem]:
+    where = record.key
+    tree, facets = load_taxonomy(), load_facets()
+    for slug in record.leaves:
+        if slug not in tree.leaves:
+            yield Problem(where, "leaf", f"no leaf has the slug {slug!r}")
+    for facet, values in record.facets.model_dump().items():
+        for value in values:
+            if value not in facets.allowed(facet):
+                yield Problem(where, "facet", f"{facet} has no value {value!r}")
+        if len(set(values)) < len(values):
+            yield Problem(where, "facet", f"{facet} repeats a value")
+    yield from _identifiers(record)
+    if record.title != " ".join(record.title.split()):
+        yield Problem(where, "title", "white space is not collapsed")
+    if not CITEKEY.match(record.citekey):
+        yield Problem(where, "citekey", f"{record.citekey!r} does not match {CITEKEY.pattern}")
+    text = entry(record)
+    if text.count("{") != text.count("}"):
+        yield Problem(where, "bibtex", "braces of the BibTeX entry are not balanced")
+    if not record.sources and record.decision is None:
+        yield Problem(where, "sources", "neither a source nor a decision says why the record is here")
+    seen: set[tuple[str, str]] = set()
+    for link in record.links:
+        if (link.kind, link.url) in seen:
+            yield Problem(where, "links", f"{link.url} is given twice as {link.kind}")
+        seen.add((link.kind, link.url))
+    for place in record.runnable if root else ():
+        for path in (place.module, place.notebook, place.test):
+            if path and (Path(path).is_absolute() or ".." in Path(path).parts or not (root / path).exists()):
+                yield Problem(where, "runnable", f"the path {path!r} does not exist in the repository")
+
+
+def _identifiers(record: Record) -> Iterator[Problem]:
+    ids = record.ids
+    try:
+        if ids.arxiv and str(parse_arxiv(ids.arxiv)) != ids.arxiv:
+            yield Problem(record.key, "id", f"{ids.arxiv!r} is not the base form of the arXiv id")
+        if ids.doi and parse_doi(ids.doi) != ids.doi:
+            yield Problem(record.key, "id", f"{ids.doi!r} is not the canonical form of the DOI")
+        if ids.acl and parse_acl(ids.acl) != ids.acl:
+            yield Problem(record.key, "id", f"{ids.acl!r} is not the canonical form of the Anthology id")
+    except IdentifierError as error:
+        yield Problem(record.key, "id", str(error))
+    if ids.arxiv and record_key(Identifier("arxiv", ids.arxiv)) != record.key:
+        yield Problem(record.key, "key", f"a paper with the arXiv id {ids.arxiv} must have it as its key")
+
+
+def _across(records: list[Record]) -> Iterator[Problem]:
+    seen: dict[tuple[str, str], list[str]] = defaultdict(list)
+    known = {record.key for record in records}
+    for record in records:
+        seen["key", record.key.lower()].append(record.key)
+        for kind, value in record.ids.model_dump().items():
+            if value:
+                seen[f"{kind} id", value if kind == "openreview" else value.lower()].append(record.key)
+        for name in dict.fromkeys(key.lower() for key in (record.citekey, *record.citekey_aliases)):
+            seen["citation key", name].append(record.key)
+        forms = {form for title in (record.title, *record.other_titles) for form in _forms(title)}
+        for form in sorted(forms):
+            seen["title", form].append(record.key)
+        if record.superseded_by and record.superseded_by not in known:
+            yield Problem(record.key, "superseded", f"superseded_by names no record: {record.superseded_by!r}")
+    for (rule, value), keys in seen.items():
+        if len(keys) > 1:
+            yield Problem(", ".join(keys), f"duplicate {rule}", repr(value))
+
+
+def _forms(title: str) -> set[str]:
+    """A title and, unless too little would remain, the title without a leading ``Name:``."""
+    short = normal_title(without_name(title))
+    return {normal_title(title), short} if len(short.split()) >= 4 else {normal_title(title)}
+
+
+def _tables() -> Iterator[Problem]:
+    tree = load_taxonomy()
+    retired = {entry.slug for entry in tree.retired}
+    for slug in retired & set(tree.leaves):
+        yield Problem("taxonomy.json", "leaf", f"the retired slug {slug!r} is in use again")
+    for item in tree.retired:
+        if item.replaced_by not in tree.leaves:
+            yield Problem(
+                "taxonomy.json", "leaf", f"{item.slug!r} is replaced by {item.replaced_by!r}, which is no leaf"
+            )
+    schema = CATALOG / "schema" / "record.schema.json"
+    if not schema.is_file() or schema.read_text(encoding="utf-8") != dump_json(record_schema()):
+        yield Problem("schema/record.schema.json", "schema", "is not the one made from the model")
+    report = CATALOG / "import_report.json"
+    if report.is_file():
+        try:
+            json.loads(report.read_text(encoding="utf-8"))
+        except ValueError as error:
+            yield Problem("import_report.json", "format", str(error))

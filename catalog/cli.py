@@ -1,0 +1,277 @@
+"""The command line of the catalog: ``papers check | search | show | export``.
+
+Bad input is one line on standard error and exit code 2. ``check`` ends with 1 when it found problems.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from latentcot.catalog import bibtex
+from latentcot.catalog.check import check_catalog
+from latentcot.catalog.filters import Filters
+from latentcot.catalog.leaves import load_taxonomy
+from latentcot.catalog.record import SCHEMA_VERSION, Record, dump_json
+from latentcot.catalog.search import Hit, Result, Sort, default_index
+from latentcot.catalog.store import CatalogError, get, load_records, write_atomic
+
+papers_app = typer.Typer(
+    name="papers", help="The paper catalog: check, search, show, export.", no_args_is_help=True, add_completion=False
+)
+
+
+class Format(StrEnum):
+    """Formats of an export."""
+
+    bibtex = "bibtex"
+    json = "json"
+
+
+class SortBy(StrEnum):
+    """Orders of a search."""
+
+    relevance = "relevance"
+    date = "date"
+    added = "added"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (CatalogError, OSError) as error:
+            _fail(str(error))
+
+    return wrapped
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # In a pipe nobody sees an edge to wrap at: lines stay whole for the next program.
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+@papers_app.command("check")
+@_one_line_errors
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="Write the problems as JSON.")] = False,
+) -> None:
+    """Check every record: schema, identifiers, titles, slugs, paths, citation keys, canonical form, BibTeX."""
+    checked = check_catalog()
+    if as_json:
+        problems = [{"where": p.where, "rule": p.rule, "message": p.message} for p in checked.problems]
+        sys.stdout.write(dump_json({"records": len(checked.records), "problems": problems}))
+    else:
+        for problem in checked.problems:
+            print(problem)
+        number = len(checked.problems)
+        told = "no problems" if not number else f"{number} problem{'s' if number > 1 else ''}"
+        note = "" if checked.paths_checked else " (not a checkout: paths of runnable code were not checked)"
+        print(f"{len(checked.records)} records, {len(load_taxonomy().leaves)} leaves: {told}{note}")
+    if checked.problems:
+        raise typer.Exit(1)
+
+
+@papers_app.command("search")
+@_one_line_errors
+def search(
+    query: Annotated[list[str] | None, typer.Argument(help="Words, an arXiv id, a DOI or a citation key.")] = None,
+    leaf: Annotated[str | None, typer.Option(help="Slug of a leaf or branch, for instance vertical/feedback.")] = None,
+    facet: Annotated[
+        list[str] | None, typer.Option(help="facet=value, for instance mechanism=loop; repeatable.")
+    ] = None,
+    year: Annotated[str | None, typer.Option(help="A year or a range: 2024, 2023-2025, 2024-, -2020.")] = None,
+    venue: Annotated[str | None, typer.Option(help="A venue, with or without year: ICLR, NeurIPS2024.")] = None,
+    code: Annotated[bool | None, typer.Option("--code/--no-code", help="Only papers with (without) code.")] = None,
+    runnable: Annotated[
+        bool | None, typer.Option("--runnable/--not-runnable", help="Only papers (not) implemented here.")
+    ] = None,
+    status: Annotated[str | None, typer.Option(help="active, withdrawn or superseded.")] = None,
+    filed: Annotated[str | None, typer.Option(help="How the leaf came about: listed, proposed, reviewed.")] = None,
+    sort: Annotated[SortBy, typer.Option(help="Order of the results.")] = SortBy.relevance,
+    limit: Annotated[int, typer.Option(min=1, help="The most papers to show.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the results as JSON.")] = False,
+    as_bibtex: Annotated[bool, typer.Option("--bibtex", help="Write the results as BibTeX.")] = False,
+) -> None:
+    """Search titles, authors, topics and venues. Nothing you type is query syntax."""
+    if as_json and as_bibtex:
+        raise CatalogError("--json and --bibtex exclude each other")
+    text = " ".join(query or [])
+    filters = Filters(leaf, _facets(facet or []), *_years(year), venue, code, runnable, status, filed)
+    if not text.strip() and filters == Filters():
+        raise CatalogError("the query is empty: give words, an identifier or a filter such as --leaf")
+    order: Sort = sort.value
+    result = default_index().search(text, filters=filters, sort=order, limit=limit)
+    if as_json:
+        hits = [
+            {"score": round(h.score, 6), "spans": h.spans, "record": h.record.model_dump(mode="json")}
+            for h in result.hits
+        ]
+        sys.stdout.write(dump_json({"query": text, "match": result.match, "total": result.total, "hits": hits}))
+    elif as_bibtex:
+        sys.stdout.write(bibtex.export(hit.record for hit in result.hits))
+    else:
+        _print_result(result)
+
+
+def _facets(values: list[str]) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for value in values:
+        name, equals, wanted = value.partition("=")
+        if not equals:
+            raise CatalogError(f"--facet expects facet=value (for instance mechanism=loop), given {value!r}")
+        pairs.append((name.strip(), wanted.strip()))
+    return tuple(pairs)
+
+
+def _years(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    first, dash, last = text.strip().partition("-")
+    if not (first or last) or any(
+        part and not (part.isascii() and part.isdigit() and len(part) == 4) for part in (first, last)
+    ):
+        raise CatalogError(f"--year expects a year or a range such as 2023-2025, given {text!r}")
+    start = int(first) if first else None
+    return start, (int(last) if last else None) if dash else start
+
+
+def _print_result(result: Result) -> None:
+    console = _console()
+    if not result.hits:
+        console.print("No paper found.")
+        return
+    if result.match == "some":
+        console.print("No paper has every word; these have most of them.", style="dim")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("key", "year", "title", "venue", "topic"):
+        table.add_column(name, no_wrap=name != "title", ratio=1 if name == "title" else None)
+    for hit in result.hits:
+        record = hit.record
+        table.add_row(record.key, str(record.year or "?"), _title(hit), _venue(record) or "", record.taxonomy.primary)
+    console.print(table)
+    if result.total > len(result.hits):
+        console.print(f"{len(result.hits)} of {result.total} papers shown; --limit shows more.", style="dim")
+
+
+def _title(hit: Hit) -> Text:
+    text = Text(hit.record.title)
+    for start, end in hit.spans:
+        text.stylize("bold", start, end)
+    return text
+
+
+def _venue(record: Record) -> str | None:
+    venue = record.venue
+    return " ".join(str(part) for part in (venue.name, venue.year, venue.track) if part) if venue else None
+
+
+@papers_app.command("show")
+@_one_line_errors
+def show(
+    paper: Annotated[str, typer.Argument(help="Key, arXiv id, DOI, address or citation key.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Write the record as JSON.")] = False,
+    as_bibtex: Annotated[bool, typer.Option("--bibtex", help="Write the BibTeX entry.")] = False,
+) -> None:
+    """Show one paper."""
+    if as_json and as_bibtex:
+        raise CatalogError("--json and --bibtex exclude each other")
+    if not paper.strip():
+        raise CatalogError("the name of the paper is empty: give a key, arXiv id, DOI or citation key")
+    record = get(paper)
+    if as_json:
+        sys.stdout.write(dump_json(record.model_dump(mode="json")))
+    elif as_bibtex:
+        sys.stdout.write(bibtex.entry(record))
+    else:
+        _print_record(record)
+
+
+def _print_record(record: Record) -> None:
+    console = _console()
+    leaves = load_taxonomy().leaves
+    console.print(Text(record.title, style="bold"))
+    for title in record.other_titles:
+        console.print(Text(f"also: {title}", style="dim"))
+    if record.status != "active":
+        console.print(
+            Text(f"{record.status}{f' by {record.superseded_by}' if record.superseded_by else ''}", style="bold red")
+        )
+    rows = [
+        ("authors", ", ".join(record.author_names) or "not fetched yet"),
+        ("published", record.published.value if record.published else "unknown"),
+        ("venue", _venue(record)),
+        ("topic", _leaf(leaves[record.taxonomy.primary].name, record.taxonomy.primary, record.taxonomy.status)),
+        *(("", f"{leaves[slug].name} ({slug})") for slug in record.taxonomy.also),
+        *((name, ", ".join(values)) for name, values in record.facets.model_dump().items() if values),
+        *((link.kind, f"{link.url}{_officially(link.official)}") for link in record.links),
+        *(("runnable", " ".join(p for p in (r.module, r.notebook, r.test) if p)) for r in record.runnable),
+        ("note", record.note),
+        ("cite as", record.citekey),
+        ("listed by", ", ".join(dict.fromkeys(source.source for source in record.sources))),
+    ]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value:
+            table.add_row(name, Text(value))
+    console.print(table)
+
+
+def _leaf(name: str, slug: str, status: str) -> str:
+    return f"{name} ({slug}, {status})"
+
+
+def _officially(official: bool | None) -> str:
+    return {True: "", False: " (not by the authors)", None: " (not confirmed)"}[official]
+
+
+@papers_app.command("export")
+@_one_line_errors
+def export(
+    format: Annotated[Format, typer.Option(help="Format of the export.")] = Format.bibtex,
+    output: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
+    leaf: Annotated[str | None, typer.Option(help="Only papers of this leaf or branch.")] = None,
+) -> None:
+    """Write all papers, or those of one leaf, as BibTeX or JSON."""
+    accept = Filters(leaf=leaf).compile()
+    records = [record for record in load_records() if accept(record)]
+    if format is Format.bibtex:
+        text = bibtex.export(records)
+    else:
+        dump = {
+            "schema_version": SCHEMA_VERSION,
+            "licence": "CC0-1.0 (facts about papers; no abstracts)",
+            "records": [record.model_dump(mode="json") for record in records],
+        }
+        text = json.dumps(dump, ensure_ascii=False, indent=2) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        return
+    if output.is_dir():
+        raise CatalogError(f"{output} is a folder, expected a file to write")
+    if not output.parent.is_dir():
+        raise CatalogError(f"the folder {output.parent} does not exist")
+    write_atomic(output, text)
+    print(f"{len(records)} papers written to {output}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of ``python -m latentcot.catalog``."""
+    papers_app(prog_name="latentcot papers")

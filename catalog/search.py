@@ -1,0 +1,294 @@
+"""Search over the records: SQLite FTS5 in memory, built from the records in a few hundredths of a second.
+
+Three full-text tables share one content table. ``stemmed`` holds titles and abstracts under the Porter stemmer,
+``plain`` holds titles, authors, venues and tags without stemming (a name has no stem), ``pieces`` holds trigrams for
+parts of words and method names. Every word of the user is looked up by itself, as a quoted string: nothing that a user
+types is query syntax. An identifier, address or citation key is looked up exactly before anything is ranked.
+
+Measured with :func:`measure` on the shipped records: see the README.
+"""
+
+import re
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal, get_args
+
+from latentcot.catalog.filters import Filters
+from latentcot.catalog.leaves import load_taxonomy
+from latentcot.catalog.record import Record
+from latentcot.catalog.store import CatalogError, build_lookup, load_records, lookup
+from latentcot.catalog.text import normal_title, to_latin
+
+Sort = Literal["relevance", "date", "added"]
+Match = Literal["exact", "all", "some", "none"]
+
+_SCHEMA = """
+CREATE TABLE papers(
+  id INTEGER PRIMARY KEY, key TEXT, title TEXT, other TEXT, abstract TEXT,
+  authors TEXT, tags TEXT, venue TEXT, names TEXT, letters TEXT);
+CREATE VIRTUAL TABLE stemmed USING fts5(
+  title, other, abstract, content='papers', content_rowid='id',
+  tokenize='porter unicode61 remove_diacritics 2', prefix='2 3');
+CREATE VIRTUAL TABLE plain USING fts5(
+  title, authors, tags, venue, names, content='papers', content_rowid='id',
+  tokenize='unicode61 remove_diacritics 2', prefix='2 3');
+CREATE VIRTUAL TABLE pieces USING fts5(letters, content='papers', content_rowid='id', tokenize='trigram');
+"""
+# Weights of the columns, title far above the rest; bm25 is negative, smaller is better.
+_STEMMED = "SELECT rowid, bm25(stemmed, 10.0, 6.0, 1.0) FROM stemmed WHERE stemmed MATCH ?"
+_PLAIN = "SELECT rowid, bm25(plain, 10.0, 5.0, 2.0, 2.0, 4.0) FROM plain WHERE plain MATCH ?"
+_PIECES = "SELECT rowid, bm25(pieces) FROM pieces WHERE pieces MATCH ?"
+_PREFIX_FACTOR, _PIECE_FACTOR, _PHRASE_BONUS, _TITLE_BONUS = 0.4, 0.2, 0.5, 1e3
+MAX_WORDS, MAX_WORD = 32, 100
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A found paper. ``spans`` are the places in ``record.title`` to highlight, as (start, end)."""
+
+    record: Record
+    score: float
+    spans: tuple[tuple[int, int], ...] = ()
+
+    def marked(self, left: str, right: str) -> str:
+        """The title with ``left`` and ``right`` around every highlighted place. Not escaped: for terminals."""
+        title, parts, last = self.record.title, [], 0
+        for start, end in self.spans:
+            parts += [title[last:start], left, title[start:end], right]
+            last = end
+        return "".join([*parts, title[last:]])
+
+
+@dataclass(frozen=True)
+class Result:
+    """Hits in order, how many there are without the limit, and how they were matched.
+
+    ``match`` is ``exact`` (an identifier was looked up), ``all`` (every word is there), ``some`` (no paper has every
+    word, these have most of them) or ``none``.
+    """
+
+    hits: tuple[Hit, ...]
+    total: int
+    match: Match
+
+
+@dataclass
+class SearchIndex:
+    """A search index over ``records``. Safe to share between threads."""
+
+    records: Sequence[Record]
+    _database: sqlite3.Connection = field(init=False, repr=False)
+    _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if sqlite3.sqlite_version_info < (3, 34):
+            raise CatalogError(
+                f"search needs SQLite 3.34 or newer (trigrams), this Python has {sqlite3.sqlite_version}"
+            )
+        self._database = sqlite3.connect(":memory:", check_same_thread=False)
+        self._database.executescript(_SCHEMA)
+        self._database.executemany(
+            "INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (_row(number, record) for number, record in enumerate(self.records)),
+        )
+        for table in ("stemmed", "plain", "pieces"):
+            self._database.execute(f"INSERT INTO {table}({table}) VALUES ('rebuild')")
+        self._table = build_lookup(list(self.records))
+        self._titles: dict[str, list[int]] = {}
+        for number, record in enumerate(self.records):
+            for title in (record.title, *record.other_titles):
+                self._titles.setdefault(normal_title(title), []).append(number)
+
+    def search(
+        self, query: str, *, filters: Filters | None = None, sort: Sort = "relevance", limit: int | None = 20
+    ) -> Result:
+        """Papers that fit ``query`` and ``filters``.
+
+        An empty query lists every paper that passes the filters, newest first. Ties are broken by date, newest first,
+        then by key. Raises ``TypeError`` for a query that is no string, ``ValueError`` for an unknown sort or a limit
+        below one, :class:`CatalogError` for an unknown leaf, facet value or venue in the filters.
+        """
+        if not isinstance(query, str):
+            raise TypeError(f"query must be a string, given {type(query).__name__}")
+        if sort not in get_args(Sort):
+            raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, given {sort!r}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 or None, given {limit}")
+        accept = (filters or Filters()).compile()
+        text = " ".join(_CONTROL.sub(" ", query).split())
+        words: list[str] = []
+        if not text:
+            scores: dict[int, float] = dict.fromkeys(range(len(self.records)), 0.0)
+            match: Match = "all"
+        elif (record := lookup(self._table, text)) is not None:
+            scores, match = {next(n for n, r in enumerate(self.records) if r.key == record.key): 0.0}, "exact"
+        else:
+            words = _words(text)
+            with self._lock:
+                scores, match = self._rank(text, words)
+        found = [number for number in scores if accept(self.records[number])]
+        # Python's sort is stable: key first, then date, then what was asked for.
+        found.sort(key=lambda number: self.records[number].key)
+        found.sort(key=lambda number: _date(self.records[number]), reverse=True)
+        if sort == "relevance":
+            found.sort(key=lambda number: round(scores[number], 9))
+        elif sort == "added":
+            found.sort(key=lambda number: self.records[number].added, reverse=True)
+        shown = found if limit is None else found[:limit]
+        with self._lock:
+            spans = self._spans(words, shown)
+        hits = tuple(Hit(self.records[number], scores[number], spans.get(number, ())) for number in shown)
+        return Result(hits, len(found), match if found else "none")
+
+    def _rank(self, text: str, words: list[str]) -> tuple[dict[int, float], Match]:
+        """Scores (smaller is better) of the papers that have every word, else of those that have most words."""
+        per_word = [self._word(word, last=place == len(words) - 1) for place, word in enumerate(words)]
+        per_word = [found for found in per_word if found is not None]
+        if not per_word:
+            return {}, "none"
+        counts: dict[int, int] = {}
+        scores: dict[int, float] = {}
+        for found in per_word:
+            for number, score in found.items():
+                counts[number] = counts.get(number, 0) + 1
+                scores[number] = scores.get(number, 0.0) + score
+        most = max(counts.values(), default=0)
+        if most < len(per_word) and most * 2 < len(per_word):
+            return {}, "none"
+        scores = {number: score for number, score in scores.items() if counts[number] == most}
+        if len(words) > 1:
+            phrase = _quote(" ".join(words))
+            for number, score in self._database.execute(_STEMMED, (phrase,)):
+                if number in scores:
+                    scores[number] += score * _PHRASE_BONUS
+        for number in self._titles.get(normal_title(text), ()):
+            if number in scores:
+                scores[number] -= _TITLE_BONUS
+        return scores, "all" if most == len(per_word) else "some"
+
+    def _word(self, word: str, *, last: bool) -> dict[int, float] | None:
+        """Papers with one word: whole or stemmed, else as a beginning, else as a part; ``None`` for mere punctuation.
+
+        The last word is looked up as a beginning as well, because it may still be being typed.
+        """
+        letters = re.findall(r"[^\W_]+", to_latin(word))
+        if not letters:
+            return None
+        quoted = _quote(word)
+        found = self._best({}, _STEMMED, quoted, 1.0)
+        self._best(found, _PLAIN, quoted, 1.0)
+        if (last or not found) and len(letters[-1]) >= 2:
+            self._best(found, _PLAIN, f"{quoted} *", _PREFIX_FACTOR)
+        if not found and len(word) >= 3:
+            self._best(found, _PIECES, _quote(to_latin(word).lower()), _PIECE_FACTOR)
+        return found
+
+    def _best(self, found: dict[int, float], statement: str, match: str, factor: float) -> dict[int, float]:
+        for number, score in self._database.execute(statement, (match,)):
+            found[number] = min(found.get(number, 0.0), score * factor)
+        return found
+
+    def _spans(self, words: list[str], numbers: list[int]) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Places in the titles to highlight, from the index; parts of words are found by comparing letters."""
+        usable = [word for word in words if re.search(r"[^\W_]", word)]
+        if not usable or not numbers:
+            return {}
+        spans: dict[int, set[tuple[int, int]]] = {number: set() for number in numbers}
+        chosen = ",".join(str(number) for number in numbers)
+        tables = (("stemmed", " OR ".join(_quote(word) for word in usable)), ("plain", f"{_quote(usable[-1])} *"))
+        for table, match in tables:
+            statement = (
+                f"SELECT rowid, highlight({table}, 0, char(2), char(3)) FROM {table} "
+                f"WHERE {table} MATCH ? AND rowid IN ({chosen})"
+            )
+            for number, marked in self._database.execute(statement, (match,)):
+                spans[number].update(_marked_spans(marked))
+        for number in numbers:
+            if not spans[number]:
+                title = self.records[number].title.lower()
+                for word in usable:
+                    place = title.find(word.lower()) if len(word) >= 3 else -1
+                    if place >= 0:
+                        spans[number].add((place, place + len(word)))
+        return {number: _merged(found) for number, found in spans.items()}
+
+
+def _row(number: int, record: Record) -> tuple[int | str, ...]:
+    leaves = load_taxonomy().leaves
+    tags = [leaves[slug].name for slug in record.leaves if slug in leaves]
+    tags += [slug.replace("/", " ").replace("-", " ") for slug in record.leaves]
+    tags += [value.replace("-", " ") for values in record.facets.model_dump().values() for value in values]
+    venue = record.venue
+    venue_text = " ".join(str(part) for part in (venue.name, venue.year, venue.track) if part) if venue else ""
+    names = [record.key, record.citekey, *record.citekey_aliases, *(v for v in record.ids.model_dump().values() if v)]
+    other = " | ".join(record.other_titles)
+    pieces = to_latin(" | ".join([record.title, *record.other_titles, *record.author_names])).lower()
+    authors = " | ".join(record.author_names)
+    return (number, record.key, record.title, other, "", authors, " | ".join(tags), venue_text, " ".join(names), pieces)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a query, each once and none absurdly long."""
+    return list(dict.fromkeys(word[:MAX_WORD] for word in text.split()))[:MAX_WORDS]
+
+
+def _quote(word: str) -> str:
+    return '"' + word.replace('"', '""') + '"'
+
+
+def _marked_spans(marked: str) -> list[tuple[int, int]]:
+    spans, start, length = [], 0, 0
+    for char in marked:
+        if char == "\x02":
+            start = length
+        elif char == "\x03":
+            spans.append((start, length))
+        else:
+            length += 1
+    return spans
+
+
+def _merged(spans: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _date(record: Record) -> str:
+    if record.published is not None:
+        return record.published.value
+    return str(record.year) if record.year else ""
+
+
+@cache
+def default_index() -> SearchIndex:
+    """The index over the records that ship with this package, built on first use."""
+    return SearchIndex(load_records())
+
+
+def search(query: str, *, filters: Filters | None = None, sort: Sort = "relevance", limit: int | None = 20) -> Result:
+    """:meth:`SearchIndex.search` on the shipped records."""
+    return default_index().search(query, filters=filters, sort=sort, limit=limit)
+
+
+def measure(queries: Sequence[str], index: SearchIndex | None = None) -> dict[str, float]:
+    """Median, 95th percentile and maximum of the time of one search, in milliseconds."""
+    import statistics
+    import time
+
+    index = index or default_index()
+    times = []
+    for query in queries:
+        start = time.perf_counter()
+        index.search(query)
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    return {"p50": statistics.median(times), "p95": times[int(0.95 * (len(times) - 1))], "max": times[-1]}
