@@ -111,6 +111,9 @@ class Task(ABC):
     draws_per_attempt: ClassVar[int] = 1
     """How many raw draws an attempt may take on average; above 1 where a draw has a difficulty of its own."""
 
+    draws_together: ClassVar[int] = 1
+    """How many draws of one training example are looked at in one go; a matter of speed alone."""
+
     def __init__(self, config: TaskConfig | None = None):
         config = self.config_type() if config is None else config
         if not isinstance(config, self.config_type):
@@ -295,7 +298,7 @@ class Task(ABC):
         pending = np.arange(len(index))
         first, limit = 0, self.attempts * self.draws_per_attempt
         # How many draws of a row are looked at together changes no result, only how often the loop runs.
-        together = 1 if split == "train" else 8
+        together = self.draws_together * (1 if split == "train" else 8)
         while len(pending) and first < limit:
             together = int(min(together, limit - first, max(1, _ROWS_AT_ONCE // len(pending))))
             attempt = np.tile(np.arange(first, first + together), len(pending))

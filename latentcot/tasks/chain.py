@@ -16,8 +16,8 @@ given :math:`x_k`, which keeps the answers close to uniform.
 Layout::
 
     prompt   <bos> a = 5 ; b = a + 3 ; c = b × a ; ... ? c        equations in random order
-    steps    b = 8 | c = 17 | ...                                 three tokens a step, d steps in the order of
-    evaluation answer   17
+    steps    b = 8 | c = 17 | ...                                 three tokens a step; d steps, in order
+    answer   17
 
 Two prompts are the same problem when the needed equations agree up to the variables' names, the order of lines, the
 order of the operands of + and ×, and the distractors.
@@ -106,8 +106,8 @@ class ChainTask(Task):
             answer_tokens=1,
         )
 
-    # Latents, E = max_difficulty + 1 + distractors equations: number i of ``operation [n, E]``, ``left``, ``right [n, E]``
-    # defines x_i. Operands are numbers of variables, or -1 - c for the constant c; equation 0 has only ``left``.
+    # Latents: column i of ``operation``, ``left``, ``right`` [n, E] defines x_i; E = max_difficulty + 1 + distractors.
+    # An operand is the number of a variable, or -1 - c for the constant c; equation 0 has only ``left``.
 
     def _draw(self, draws: Draws, lowest: int, highest: int) -> Latents:
         c, m = self.config, self.config.modulus
@@ -119,7 +119,7 @@ class ChainTask(Task):
         swap = draws.integers(equations, 2).astype(bool)
         constant = draws.integers(equations, m)
         unit = 1 + draws.integers(equations, m - 1)
-        # x_1 has no second variable to take; x_i of the chain takes x_k with k < i - 1, a distractor any two earlier ones.
+        # x_1 has no second variable; x_i of the chain takes x_k with k < i - 1, a distractor any two earlier ones.
         number = np.arange(equations)
         second = draws.integers(equations, np.maximum(number - 1, 1))
         first = draws.integers(equations, np.maximum(number, 1))
@@ -162,7 +162,8 @@ class ChainTask(Task):
         longest = self.config.max_difficulty + 1
         op, left, right = (latents[name][:, :longest] for name in ("operation", "left", "right"))
         commutes = op != _MINUS
-        left, right = np.where(commutes, np.minimum(left, right), left), np.where(commutes, np.maximum(left, right), right)
+        lower, upper = np.minimum(left, right), np.maximum(left, right)
+        left, right = np.where(commutes, lower, left), np.where(commutes, upper, right)
         left[:, 0], right[:, 0] = latents["left"][:, 0], 0
         words = np.stack((op, left + m, right + m), axis=-1).reshape(len(d), 3 * longest)
         return words.astype(np.uint64), 3 * (d + 1)

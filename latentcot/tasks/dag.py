@@ -23,7 +23,7 @@ from latentcot.tasks.counter import Draws, Integers, Words, mix64, scale_words
 Bools = NDArray[np.bool_]
 
 FAR = 10_000  # distance of what can not be reached
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = 0x9E3779B97F4A7C15
 _MOST_PARENTS = 12
 _REFINEMENTS = 6
 
@@ -78,7 +78,7 @@ def grow(draws: Draws, nodes: int, mean_parents: float) -> Graphs:
             if not len(rows):
                 break
             # One SplitMix64 sequence a node, seeded by the counter: few nodes have many parents.
-            word = mix64(seeds[rows, v] + np.uint64(slot) * _GOLDEN)
+            word = mix64(seeds[rows, v] + np.uint64((slot * _GOLDEN) & 0xFFFFFFFFFFFFFFFF))
             chosen = (upto > scale_words(word, upto[:, -1])[:, None]).argmax(axis=1)
             edges[rows, chosen, v] = True
             weights[rows, chosen] = 0
@@ -88,11 +88,19 @@ def grow(draws: Draws, nodes: int, mean_parents: float) -> Graphs:
     return Graphs(edges, labels, np.minimum(distance, FAR))
 
 
+def drop_parentless(graphs: Graphs) -> Graphs:
+    """Take away, once, all nodes but the roots that no edge leads to, with their edges.
+
+    Their children may then be without parents and stay. Labels and distances speak of the roots alone and hold.
+    """
+    dropped = ~graphs.edges.any(axis=1) & (np.arange(graphs.edges.shape[1]) >= 2)
+    return Graphs(graphs.edges & ~dropped[:, :, None], graphs.labels, graphs.distance)
+
+
 def pick(candidates: Bools, words: Words) -> tuple[Integers, Bools]:
-    """A uniformly random candidate of each row: ``candidates``, ``words [n, N]`` -> (number ``[n]``, whether there is
-    one)."""
+    """A uniformly random candidate of each row: ``candidates``, ``words [n, N]`` -> its number, and if there is one."""
     keys = np.where(candidates, words | np.uint64(1), np.uint64(0))
-    return keys.argmax(axis=1), candidates.any(axis=1)
+    return keys.argmax(axis=1), np.asarray(candidates.any(axis=1))
 
 
 def refinement_digest(edges: Bools, roles: Integers) -> Words:

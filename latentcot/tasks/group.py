@@ -1,5 +1,4 @@
-r"""Group word problems: multiply a sequence of group elements (arXiv 2404.08819; parity and state tracking:
-2411.12537).
+r"""Group word problems: multiply a sequence of group elements (arXiv 2404.08819, 2411.12537).
 
 The product is read from left to right: :math:`p_i = g_1 g_2 \cdots g_i`. For permutations the left factor acts first,
 

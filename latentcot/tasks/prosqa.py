@@ -1,16 +1,17 @@
-r"""ProsQA in symbols: which of two nodes can be reached from a root (arXiv 2412.06769; symbolic form: arXiv
-2505.12514).
+r"""ProsQA in symbols: which of two nodes can be reached from a root (arXiv 2412.06769; in symbols: 2505.12514).
 
 A graph is grown as :mod:`latentcot.tasks.dag` says. Both options are leaves; the target can be reached from the asked
 root only, the distractor from the other root only. The difficulty d is the length of the shortest path to the target.
 
 ========================  =============================================================================================
-``prosqa``                29 nodes grown, those without any edge dropped; target = the farthest leaf that one root alone
-                          reaches, asked root = that root, distractor = any leaf of the other root alone
-``prosqa_paper``          23 nodes grown, the published pseudo-code read literally; options as above
-``prosqa_balanced``       29 nodes; a leaf of each root alone, both equally far from their root (the largest such
-                          distance), and a coin decides which root is asked: swapping target and distractor gives an
-                          example of the same probability, so nothing but the way from the asked root tells them apart
+``prosqa``                29 nodes grown; nodes that no edge leads to are dropped once, roots aside; a coin chooses the
+                          asked root, the target is the farthest leaf that it alone reaches, and the distractor is any
+                          leaf that the other root alone reaches
+``prosqa_paper``          the published pseudo-code read literally: 23 nodes grown, none dropped; options as above
+``prosqa_balanced``       grown as ``prosqa``; a leaf of each root alone, both equally far from their root (the largest
+                          distance for which there are such leaves), and a coin decides which root is asked: swapping
+                          target and distractor gives an example of the same probability, so nothing but the way from
+                          the asked root tells them apart
 ========================  =============================================================================================
 
 The released data always ask for the farthest leaf, and so do the first two: "the option deeper in the graph" scores
@@ -18,9 +19,9 @@ well above chance there. Read their results beside the ``heuristic`` baseline, o
 
 Layout::
 
-    prompt   <bos> a b ; c d ; ... ? root A B      one "parent child ;" an edge in random order; A, B = options in
-    random order steps    v1 | v2 | ... | target                nodes of one shortest path after the root, one token
-    an edge, d steps answer   target
+    prompt   <bos> a b ; c d ; ... ? root A B      one "parent child ;" an edge; order of edges and of A, B at random
+    steps    v1 | v2 | ... | target                nodes of one shortest path after the root: one token an edge, d steps
+    answer   target
 
 Node names are a random subset of twice as many names as nodes are grown. Two prompts are the same problem when graph,
 asked root and pair of options agree up to renaming.
@@ -37,8 +38,10 @@ from torch import Tensor
 from latentcot.reasoner import SPECIAL, TaskBatch, TaskLimits
 from latentcot.tasks.base import Example, Latents, Rows, Split, Task, TaskConfig, check_integer, left_align
 from latentcot.tasks.counter import Draws, Integers, Words
-from latentcot.tasks.dag import Graphs, grow, pick, refinement_digest
+from latentcot.tasks.dag import Graphs, drop_parentless, grow, pick, refinement_digest
 from latentcot.tasks.vocabulary import Vocabulary
+
+Edge = tuple[int, int]
 
 _ROOT_ROLE, _OPTION_ROLE = 1, 2
 
@@ -63,6 +66,8 @@ class ProsQAConfig(TaskConfig):
         super().__post_init__()
         check_integer("nodes", self.nodes, 8, 64)
         check_integer("max_difficulty", self.max_difficulty, self.min_difficulty, self.nodes - 2)
+        if isinstance(self.mean_parents, bool) or not isinstance(self.mean_parents, int | float):
+            raise TypeError(f"mean_parents: expected a number, got {self.mean_parents!r}")
         if not 0.1 <= self.mean_parents <= 4:
             raise ValueError(f"mean_parents: expected a number from 0.1 to 4, got {self.mean_parents!r}")
 
@@ -74,6 +79,13 @@ class ProsQAPaperConfig(ProsQAConfig):
     nodes: int = 23
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProsQABalancedConfig(ProsQAConfig):
+    """:class:`ProsQAConfig` for matched options: two equally long ways of 6 edges are too rare to be drawn."""
+
+    max_difficulty: int = 5
+
+
 class ProsQATask(Task):
     """Symbolic ProsQA; see the module for the rules and the layout."""
 
@@ -81,6 +93,8 @@ class ProsQATask(Task):
     config_type = ProsQAConfig
     config: ProsQAConfig
     draws_per_attempt: ClassVar[int] = 64  # a graph has a path length of its own; long ones are rare
+    draws_together: ClassVar[int] = 3
+    drops_parentless: ClassVar[bool] = True
 
     @property
     def domain(self) -> str:
@@ -111,18 +125,20 @@ class ProsQATask(Task):
         ``leaves [n, 2, N]``: leaves that root 0 alone, and root 1 alone, reaches.
         """
         n, _, nodes = leaves.shape
-        distance = np.where(leaves, graphs.distance, -1).reshape(n, 2 * nodes)
-        farthest = distance.max(axis=1, keepdims=True)
-        chosen, found = pick((distance == farthest) & (farthest > 0), draws.words(2 * nodes))
-        asked, target = np.divmod(chosen, nodes)
-        distractor, other = pick(leaves[np.arange(n), 1 - asked], draws.words(nodes))
-        fits = (farthest[:, 0] >= lowest) & (farthest[:, 0] <= highest)
-        return asked, target, distractor, found & other & fits
+        rows = np.arange(n)
+        asked = draws.integers(1, 2)[:, 0]
+        distance = np.where(leaves[rows, asked], graphs.distance[rows, asked], -1)
+        farthest = distance.max(axis=1)
+        target, _ = pick(distance == farthest[:, None], draws.words(nodes))
+        distractor, other = pick(leaves[rows, 1 - asked], draws.words(nodes))
+        return asked, target, distractor, other & (farthest >= lowest) & (farthest <= highest)
 
     def _draw(self, draws: Draws, lowest: int, highest: int) -> Latents:
         n, nodes = len(draws), self.config.nodes
         rows = np.arange(n)
         graphs = grow(draws, nodes, self.config.mean_parents)
+        if self.drops_parentless:
+            graphs = drop_parentless(graphs)
         leaf = ~graphs.edges.any(axis=2)
         leaves = np.stack([leaf & (graphs.labels == label) for label in (1, 2)], axis=1)
         leaves[:, :, :2] = False  # a root that leads nowhere is no option
@@ -164,14 +180,16 @@ class ProsQATask(Task):
 
     def _write(self, latents: Latents) -> Rows:
         edges, names = latents["edges"], SPECIAL.count + latents["names"]
-        n, nodes, _ = edges.shape
+        n = len(edges)
         rows = np.arange(n)
         # Edges of all graphs in row order, each at its number within its graph, then shuffled.
         graph, parent, child = np.nonzero(edges)
         count = np.bincount(graph, minlength=n)
         number = np.arange(len(graph)) - np.repeat(np.cumsum(count) - count, count)
         triples = np.full((n, self._most_edges, 3), -1)
-        triples[graph, number] = np.stack((names[graph, parent], names[graph, child], np.full_like(graph, self._end)), 1)
+        triples[graph, number] = np.stack(
+            (names[graph, parent], names[graph, child], np.full(len(graph), self._end)), 1
+        )
         order = np.argsort(latents["shuffle"], axis=1, kind="stable")
         triples = np.take_along_axis(triples, order[:, :, None], axis=1)
 
@@ -193,7 +211,7 @@ class ProsQATask(Task):
 
     # -- reading prompts ---------------------------------------------------------------------------------------
 
-    def read_prompt(self, prompt_ids: tuple[int, ...] | list[int]) -> tuple[list[tuple[int, int]], int, tuple[int, int]]:
+    def read_prompt(self, prompt_ids: tuple[int, ...] | list[int]) -> tuple[list[Edge], int, Edge]:
         """(edges, asked root, options) of a prompt, as token ids."""
         *triples, question, root, first, second = prompt_ids[1:]
         if question != self._ask or len(triples) % 3 or any(t != self._end for t in triples[2::3]):
@@ -247,21 +265,23 @@ class ProsQATask(Task):
 
 
 class ProsQAPaperTask(ProsQATask):
-    """The published construction read literally: 23 nodes are grown."""
+    """The published construction read literally: 23 nodes are grown and none is dropped."""
 
     name = "prosqa_paper"
     config_type = ProsQAPaperConfig
+    drops_parentless = False
 
 
 class ProsQABalancedTask(ProsQATask):
     """Target and distractor matched in distance, out-degree and place; see the module."""
 
     name = "prosqa_balanced"
+    config_type = ProsQABalancedConfig
 
     def _question(
         self, graphs: Graphs, leaves: np.ndarray, draws: Draws, lowest: int, highest: int
     ) -> tuple[Integers, Integers, Integers, np.ndarray]:
-        n, _, nodes = leaves.shape
+        nodes = leaves.shape[2]
         levels = np.arange(lowest, highest + 1)
         # at[b, r, l, v]: v is a leaf of root r alone at distance levels[l] from it
         at = leaves[:, :, None, :] & (graphs.distance[:, :, None, :] == levels[:, None])
@@ -281,7 +301,7 @@ def _canonical(edges: np.ndarray, roles: Integers) -> tuple[Words, Integers]:
     return words, np.full(len(edges), 3)
 
 
-def distances_from(edges: list[tuple[int, int]], root: int) -> dict[int, int]:
+def distances_from(edges: list[Edge], root: int) -> dict[int, int]:
     """Breadth-first distances of everything that can be reached from ``root``."""
     children: dict[int, list[int]] = {}
     for parent, child in edges:
@@ -296,7 +316,7 @@ def distances_from(edges: list[tuple[int, int]], root: int) -> dict[int, int]:
     return distances
 
 
-def option_scores(edges: list[tuple[int, int]], options: tuple[int, int]) -> dict[str, tuple[int, int]]:
+def option_scores(edges: list[Edge], options: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """What the shortcuts of :meth:`ProsQATask.guesses` compare, for both options."""
     parents: dict[int, list[int]] = {}
     for parent, child in edges:
@@ -342,7 +362,8 @@ def statistics(task: ProsQATask, split: Split = "train", n: int = 1000) -> dict[
         (target,) = example.answer_ids
         shortest.append(ways[target])
         target_distance.append(distances[target])
-        backwards = distances_from([(child, parent) for parent, child in edges], next(o for o in options if o != target))
+        (distractor,) = set(options) - {target}
+        backwards = distances_from([(child, parent) for parent, child in edges], distractor)
         other_distance.append(min(d for node, d in backwards.items() if degrees[node] == 0))
 
     def share(counter: Counter[int]) -> dict[int, float]:
