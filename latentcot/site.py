@@ -27,6 +27,7 @@ from latentcot.site_notebooks import NotebookError, NotebookMode, render_noteboo
 
 MARKER = ".latentcot-site"
 DEFAULT_RESULTS = Path("out/quickstart")
+_RESULTS_MARK = "<!-- results -->"  # in docs/index.md: the figure of the last comparison goes here
 _HAND_WRITTEN = ("*.md", "*.css", "*.js", "*.svg", "*.png")
 
 
@@ -177,6 +178,7 @@ def _command() -> Any:
 
 def _write_tree(docs: Path, pages: dict[str, str | bytes], source: Path) -> None:
     """The source tree of MkDocs, written beside its place and renamed."""
+    figure = site_pages.home_figure(pages)
     source.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=source.parent, prefix=f".{source.name}-"))
     try:
@@ -186,6 +188,8 @@ def _write_tree(docs: Path, pages: dict[str, str | bytes], source: Path) -> None
                 if inside.parts[0] != "theme":
                     (new / inside).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, new / inside)
+        home = new / "index.md"
+        home.write_text(home.read_text(encoding="utf-8").replace(_RESULTS_MARK, figure), encoding="utf-8")
         for name, content in pages.items():
             target = new / name
             if target.exists():

@@ -220,6 +220,17 @@ def results_pages(results: Path | None) -> dict[str, str | bytes]:
     return pages
 
 
+def home_figure(pages: dict[str, str | bytes]) -> str:
+    """The one plot of the results for the home page, as Markdown; empty where there is none."""
+    plots = sorted(name for name in pages if name.startswith("results/") and name.endswith(".png"))
+    if not plots:
+        return ""
+    return (
+        "## The last comparison\n\n"
+        f"[![Plot of the last comparison; its numbers are on the results page.]({plots[0]})](results/index.md)\n"
+    )
+
+
 _NO_RESULTS = (
     "This copy of the site was built before a comparison was run. `make quickstart` runs the quick one on a CPU in minutes, "
     "or `latentcot compare quickstart` by itself; then `make site` shows its table and plots here."

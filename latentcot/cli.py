@@ -1,0 +1,147 @@
+"""The command line: ``latentcot compare | tasks | backends | papers | site``.
+
+Importing this module (and so ``latentcot --help`` and every paper command) loads no torch. Errors of the user's making are one
+line on stderr and exit code 2.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from latentcot.catalog.cli import papers_app
+from latentcot.site import site
+
+app = typer.Typer(
+    name="latentcot",
+    help="Latent reasoning in language models: compare methods, look at tasks, search the papers, build the site.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(papers_app, name="papers")
+app.command("site")(site)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from latentcot import __version__
+
+        typer.echo(f"latentcot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """Latent reasoning in language models."""
+
+
+@app.command("compare")
+def compare_command(
+    preset: Annotated[str, typer.Argument(help="Name of the comparison; `quickstart` takes minutes on two CPU cores.")] = "quickstart",
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default out/PRESET. Run again: it continues there.")] = None,
+    seeds: Annotated[int, typer.Option(help="Training seeds for every method.")] = 1,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated methods instead of the preset's.")] = None,
+    task: Annotated[str | None, typer.Option(help="Another task instead of the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
+    items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side, one thread each; default one a core.")] = None,
+) -> None:
+    """Train and evaluate several methods on one backbone and task; write table, plots and a report page."""
+    _needs("compare", "accelerate", "matplotlib")
+    from latentcot.compare import PRESETS, run_comparison, with_options, write_report
+    from latentcot.compare.report import claim_sentences, terminal_table
+
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}")
+    chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods is not None else None
+    comparison = with_options(PRESETS[preset](), steps=steps, methods=chosen, task=task, items=items)
+    folder = out or Path("out") / preset
+    console = Console()
+    results = run_comparison(comparison, folder, seeds, jobs, console)
+    page = write_report(results, folder)
+    console.print(terminal_table(results))
+    for sentence in claim_sentences(results):
+        console.print("• " + escape(sentence), highlight=False)
+    console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+@app.command("tasks")
+def tasks_command(
+    name: Annotated[str | None, typer.Argument(help="Task to look at; all are listed without it.")] = None,
+    count: Annotated[int, typer.Option(help="Examples to print.", min=1, max=100)] = 3,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+) -> None:
+    """List the tasks, or print examples of one with its baselines."""
+    from latentcot.tasks import make_task, task_names
+
+    console = Console()
+    if name is None:
+        for known in task_names():
+            summary = next(line.strip() for line in (type(make_task(known)).__doc__ or known).splitlines() if line.strip())
+            console.print(f"[bold]{known}[/bold]  {escape(summary)}", highlight=False)
+        return
+    task = make_task(name)
+    baselines = task.baselines(split, 500)  # type: ignore[arg-type]
+    for index in range(count):
+        example = task.example(split, index)  # type: ignore[arg-type]
+        words = task.vocabulary.render
+        console.print(f"[bold]example {index}[/bold], difficulty {example.meta['difficulty']}", highlight=False)
+        console.print(f"  prompt  {escape(words(example.prompt_ids))}", highlight=False)
+        console.print(f"  steps   {escape(' | '.join(words(step) for step in example.steps))}", highlight=False)
+        console.print(f"  answer  {escape(words(example.answer_ids))}", highlight=False)
+    console.print(
+        f"chance {baselines['chance']:.3f}, best heuristic {baselines['heuristic']:.3f} ({baselines.heuristic_name}), on 500 examples", highlight=False
+    )
+
+
+@app.command("backends")
+def backends_command() -> None:
+    """Say which back end each operator uses on this machine, and why."""
+    import torch
+
+    from latentcot.kernels import explain_backend
+
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for operator in ("gated_scan", "decay_attention", "delta_rule"):
+            typer.echo(str(explain_backend(operator, device=torch.device(device), dtype=torch.float32)))
+
+
+def _needs(extra: str, *modules: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [m for m in modules if find_spec(m) is None]
+    if missing:
+        raise ValueError(f"this command needs {' and '.join(missing)}: pip install 'latentcot[{extra}]'")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        code = app(standalone_mode=False)
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        code = _complain(error)
+    except FloatingPointError as error:
+        code = _complain(error, 1)
+    except KeyboardInterrupt:
+        code = _complain("stopped; run the same command again to continue", 130)
+    except Exception as error:
+        # Usage errors: their class belongs to click or to typer's own copy of it, depending on typer's version.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _complain(error.format_message())  # type: ignore[attr-defined]
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error: BaseException | str, code: int = 2) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()
