@@ -253,7 +253,14 @@ def _links(cluster: Cluster, key: str, ids: Ids, rules: dict, report: Report) ->
 
     if ids.arxiv:
         add("abs", f"https://arxiv.org/abs/{ids.arxiv}", True, cluster.rows[0].listings[0].source)
-    left_out = {(rule["row"], rule["field"]): rule["reason"] for rule in rules["links_left_out"]}
+    judged = {(rule["row"], rule["field"]): rule["reason"] for rule in rules["links_left_out"]}
+    # A link that is wrong in one row is wrong in every row of the paper: lists copy from each other.
+    left_out = {
+        normal_url(url): reason
+        for row in cluster.rows
+        for name in ("code_url", "project_url")
+        if (url := getattr(row, name)) and (reason := judged.get((row.ref, name)))
+    }
     official = {(rule["key"], normal_url(rule["url"])) for rule in rules["official_code"]}
     for row in cluster.rows:
         source = row.listings[0].source
@@ -263,7 +270,7 @@ def _links(cluster: Cluster, key: str, ids: Ids, rules: dict, report: Report) ->
             url = getattr(row, name)
             if url is None:
                 continue
-            if reason := left_out.get((row.ref, name)):
+            if reason := left_out.get(normal_url(url)):
                 report.link_left_out(key, row, url, reason)
                 continue
             if kind == "project" and _host_in(url, ("github.com",)):

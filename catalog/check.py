@@ -113,10 +113,15 @@ def _record(record: Record, root: Path | None) -> Iterator[Problem]:
         if (link.kind, link.url) in seen:
             yield Problem(where, "links", f"{link.url} is given twice as {link.kind}")
         seen.add((link.kind, link.url))
-    for place in record.runnable if root else ():
+    for place in record.runnable:
         for path in (place.module, place.notebook, place.test):
-            if path and (Path(path).is_absolute() or ".." in Path(path).parts or not (root / path).exists()):
+            if root and path and not _inside(root, path):
                 yield Problem(where, "runnable", f"the path {path!r} does not exist in the repository")
+
+
+def _inside(root: Path, path: str) -> bool:
+    parts = Path(path)
+    return not parts.is_absolute() and ".." not in parts.parts and (root / parts).exists()
 
 
 def _identifiers(record: Record) -> Iterator[Problem]:

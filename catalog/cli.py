@@ -6,10 +6,9 @@ Bad input is one line on standard error and exit code 2. ``check`` ends with 1 w
 import functools
 import json
 import sys
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -29,19 +28,7 @@ papers_app = typer.Typer(
 )
 
 
-class Format(StrEnum):
-    """Formats of an export."""
-
-    bibtex = "bibtex"
-    json = "json"
-
-
-class SortBy(StrEnum):
-    """Orders of a search."""
-
-    relevance = "relevance"
-    date = "date"
-    added = "added"
+FORMATS = ("bibtex", "json")
 
 
 def _fail(message: str) -> NoReturn:
@@ -54,6 +41,8 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough; click ends quietly
         except (CatalogError, OSError) as error:
             _fail(str(error))
 
@@ -103,8 +92,8 @@ def search(
     ] = None,
     status: Annotated[str | None, typer.Option(help="active, withdrawn or superseded.")] = None,
     filed: Annotated[str | None, typer.Option(help="How the leaf came about: listed, proposed, reviewed.")] = None,
-    sort: Annotated[SortBy, typer.Option(help="Order of the results.")] = SortBy.relevance,
-    limit: Annotated[int, typer.Option(min=1, help="The most papers to show.")] = 20,
+    sort: Annotated[str, typer.Option(help="relevance, date or added.")] = "relevance",
+    limit: Annotated[int, typer.Option(help="The most papers to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Write the results as JSON.")] = False,
     as_bibtex: Annotated[bool, typer.Option("--bibtex", help="Write the results as BibTeX.")] = False,
 ) -> None:
@@ -115,7 +104,9 @@ def search(
     filters = Filters(leaf, _facets(facet or []), *_years(year), venue, code, runnable, status, filed)
     if not text.strip() and filters == Filters():
         raise CatalogError("the query is empty: give words, an identifier or a filter such as --leaf")
-    order: Sort = sort.value
+    order = _sort(sort)
+    if limit < 1:
+        raise CatalogError(f"--limit expects at least 1, given {limit}")
     result = default_index().search(text, filters=filters, sort=order, limit=limit)
     if as_json:
         hits = [
@@ -127,6 +118,17 @@ def search(
         sys.stdout.write(bibtex.export(hit.record for hit in result.hits))
     else:
         _print_result(result)
+
+
+def _sort(text: str) -> Sort:
+    for order in get_args(Sort):
+        if text == order:
+            return order
+    raise CatalogError(f"--sort expects {_choices(get_args(Sort))}, given {text!r}")
+
+
+def _choices(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _facets(values: list[str]) -> tuple[tuple[str, str], ...]:
@@ -245,14 +247,16 @@ def _officially(official: bool | None) -> str:
 @papers_app.command("export")
 @_one_line_errors
 def export(
-    format: Annotated[Format, typer.Option(help="Format of the export.")] = Format.bibtex,
+    format: Annotated[str, typer.Option(help="bibtex or json.")] = "bibtex",
     output: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
     leaf: Annotated[str | None, typer.Option(help="Only papers of this leaf or branch.")] = None,
 ) -> None:
     """Write all papers, or those of one leaf, as BibTeX or JSON."""
+    if format not in FORMATS:
+        raise CatalogError(f"--format expects {_choices(FORMATS)}, given {format!r}")
     accept = Filters(leaf=leaf).compile()
     records = [record for record in load_records() if accept(record)]
-    if format is Format.bibtex:
+    if format == "bibtex":
         text = bibtex.export(records)
     else:
         dump = {

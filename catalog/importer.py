@@ -49,11 +49,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def import_lists(folder: Path, papers: Path = PAPERS, catalog: Path = CATALOG) -> tuple[Report, int]:
+def import_lists(
+    folder: Path, papers: Path = PAPERS, catalog: Path = CATALOG, rules: dict | None = None
+) -> tuple[Report, int]:
     """Read the lists, write the records below ``papers`` and the report; returns the report and the changed files."""
     rows, sources = raw.read_sources(folder)
     existing = {record.key: record for record in read_records(papers)}
-    report, records = build_records(rows, sources, existing)
+    report, records = build_records(rows, sources, existing, rules or load_table("import_rules.json"))
     changed = sum(write_record(record, papers) for record in records)
     changed += write_report(report, catalog)
     changed += write_atomic(catalog / "schema" / "record.schema.json", dump_json(record_schema()))
@@ -61,10 +63,9 @@ def import_lists(folder: Path, papers: Path = PAPERS, catalog: Path = CATALOG) -
 
 
 def build_records(
-    rows: list[Row], sources: list[RawSource], existing: dict[str, Record]
+    rows: list[Row], sources: list[RawSource], existing: dict[str, Record], rules: dict
 ) -> tuple[Report, list[Record]]:
     """The records that the rows give, with what happened to every row."""
-    rules = load_table("import_rules.json")
     report = Report(sources=sources)
     _check_judged(rows, rules)
     rows = [_apply_id_rules(row, rules, report) for row in rows]

@@ -179,18 +179,18 @@ class SearchIndex:
         if not letters:
             return None
         quoted = _quote(word)
-        found = self._best({}, _STEMMED, quoted, 1.0)
-        self._best(found, _PLAIN, quoted, 1.0)
+        found: dict[int, float] = {}
+        self._add(found, _STEMMED, quoted, 1.0)
+        self._add(found, _PLAIN, quoted, 1.0)  # the word as it was typed counts on top of its stem
         if (last or not found) and len(letters[-1]) >= 2:
-            self._best(found, _PLAIN, f"{quoted} *", _PREFIX_FACTOR)
+            self._add(found, _PLAIN, f"{quoted} *", _PREFIX_FACTOR)
         if not found and len(word) >= 3:
-            self._best(found, _PIECES, _quote(to_latin(word).lower()), _PIECE_FACTOR)
+            self._add(found, _PIECES, _quote(to_latin(word).lower()), _PIECE_FACTOR)
         return found
 
-    def _best(self, found: dict[int, float], statement: str, match: str, factor: float) -> dict[int, float]:
+    def _add(self, found: dict[int, float], statement: str, match: str, factor: float) -> None:
         for number, score in self._database.execute(statement, (match,)):
-            found[number] = min(found.get(number, 0.0), score * factor)
-        return found
+            found[number] = found.get(number, 0.0) + score * factor
 
     def _spans(self, words: list[str], numbers: list[int]) -> dict[int, tuple[tuple[int, int], ...]]:
         """Places in the titles to highlight, from the index; parts of words are found by comparing letters."""
