@@ -19,7 +19,8 @@ _PREFIX = re.compile(r"^\s*(?P<name>[^\s:]+(?:\s[^\s:]+){0,2}):\s+(?P<rest>.+)$"
 
 
 def collapse(text: str) -> str:
-    """White space collapsed and typographic ligatures written out ("diﬀusion"); TeX and everything else kept."""
+    """White space collapsed, ligatures written out ("diﬀusion"), plain hyphens; TeX and everything else kept."""
+    text = text.replace("\u2010", "-").replace("\u2011", "-")
     text = _LIGATURES.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text)
     return " ".join(text.split())
 
