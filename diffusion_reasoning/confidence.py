@@ -1,0 +1,109 @@
+r"""How sure the network is about a proposed token: the order in which positions are revealed.
+
+============== =========================================================== ==========================
+name           confidence of the proposed token y                          source
+============== =========================================================== ==========================
+prob           softmax(logits)[y], untempered and without noise            LLaDA (arXiv:2502.09992)
+prob_tempered  probability of y after temperature, top-k and top-p         Dream (arXiv:2508.15487)
+margin         best minus second best of the filtered distribution         Dream
+neg_entropy    sum of p log(p + 1e-10) of the filtered distribution        Dream
+random         U(0, 1)                                                     LLaDA
+left_to_right  minus the position                                          for checks against AR decoding
+============== =========================================================== ==========================
+
+A confidence is any callable from a :class:`Proposal` to ``[n]``. Equal confidences are resolved by lower position.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Proposals at n candidate positions.
+
+    ``logits [n, V]`` fp64, constraints applied, untempered; ``filtered [n, V]``: after temperature, top-k and top-p;
+    ``tokens [n]`` the proposed ones; ``positions [n]``: number of real tokens before each; ``uniform [n]``: a fresh
+    U(0, 1) number for each.
+    """
+
+    logits: Tensor
+    filtered: Tensor
+    tokens: Tensor
+    positions: Tensor
+    uniform: Tensor
+
+    @cached_property
+    def filtered_probs(self) -> Tensor:
+        return self.filtered.softmax(-1)
+
+    def of_token(self, probs: Tensor) -> Tensor:
+        return probs.gather(-1, self.tokens[:, None])[:, 0]
+
+
+Confidence = Callable[[Proposal], Tensor]
+
+
+def prob(proposal: Proposal) -> Tensor:
+    return proposal.of_token(proposal.logits.softmax(-1))
+
+
+def prob_tempered(proposal: Proposal) -> Tensor:
+    return proposal.of_token(proposal.filtered_probs)
+
+
+def margin(proposal: Proposal) -> Tensor:
+    best = proposal.filtered_probs.topk(2, -1).values
+    return best[:, 0] - best[:, 1]
+
+
+def neg_entropy(proposal: Proposal) -> Tensor:
+    p = proposal.filtered_probs
+    return (p * (p + 1e-10).log()).sum(-1)
+
+
+def random(proposal: Proposal) -> Tensor:
+    return proposal.uniform
+
+
+def left_to_right(proposal: Proposal) -> Tensor:
+    return -proposal.positions.double()
+
+
+CONFIDENCES: dict[str, Confidence] = {
+    f.__name__: f for f in (prob, prob_tempered, margin, neg_entropy, random, left_to_right)
+}
+
+ON_UNIT_SCALE = frozenset({"prob", "prob_tempered", "margin", "random"})
+"""Confidences within 0..1, which a threshold can be held against."""
+
+
+def find_confidence(order: str | Confidence) -> Confidence:
+    """By name, or a callable as it is. Raises ``ValueError`` for an unknown name."""
+    if callable(order):
+        return order
+    if order not in CONFIDENCES:
+        raise ValueError(f"order: unknown confidence {order!r}; valid: {', '.join(CONFIDENCES)}, or a callable")
+    return CONFIDENCES[order]
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """``logits [n, V]`` with everything outside the top k, then outside the nucleus, at minus infinity.
+
+    The nucleus is the smallest set of likeliest tokens whose mass exceeds ``top_p``; the token that crosses it is kept.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(~_best(logits, top_k), -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered <= top_p
+        logits = logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -torch.inf)
+    return logits
+
+
+def _best(logits: Tensor, k: int) -> Tensor:
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(k, -1).indices, True)
