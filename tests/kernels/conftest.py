@@ -68,6 +68,15 @@ def _assert_same(actual, expected, dtype):
         assert error < (gradients if name.startswith("d_") else outputs), f"{name}: relative RMS {error:.2e}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are tiny: a second thread costs more than it brings, many times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def random_inputs():
     return _random_inputs

@@ -1,0 +1,205 @@
+"""Bad input raises before any computation and says what was given and expected; back ends explain themselves."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from latentcot import kernels
+from latentcot.kernels import Bidirectional, BlockCausal, decay_attention, delta_rule, explain_backend, gated_scan
+
+
+def tensors(**changes):
+    B, S, H, K, V = 2, 5, 2, 4, 3
+    arguments = {"q": torch.randn(B, S, H, K), "k": torch.randn(B, S, H, K), "v": torch.randn(B, S, H, V)}
+    return arguments | {"beta": torch.rand(B, S, H)} | changes
+
+
+def attention(**changes):
+    arguments = tensors(**changes)
+    arguments.pop("beta")
+    return decay_attention(**arguments)
+
+
+BAD = {
+    "q with 3 axes": (attention, {"q": torch.randn(2, 5, 4)}, r"q has shape \(2, 5, 4\), expected \[B,S,H,K\]"),
+    "k of other heads": (
+        attention,
+        {"k": torch.randn(2, 5, 3, 4)},
+        r"k has shape \(2, 5, 3, 4\), expected \[B,S,H,K\] = \(2, 5, 2, 4\)",
+    ),
+    "v of other length": (attention, {"v": torch.randn(2, 6, 2, 3)}, r"v has shape \(2, 6, 2, 3\), expected \[B,S,H,V\]"),
+    "decay of no known shape": (
+        attention,
+        {"log_decay": -torch.rand(2, 5)},
+        r"log_decay has shape \(2, 5\), expected None, \[H\] = \(2,\), \[B,S,H\] = \(2, 5, 2\)",
+    ),
+    "growth": (attention, {"log_decay": torch.full((2,), 0.1)}, "log_decay has the value 0.1, expected <= 0"),
+    "growth in one place": (
+        lambda **c: delta_rule(**tensors(**c)),
+        {"log_decay": torch.zeros(2, 5, 2).index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(2.0))},
+        "delta_rule: log_decay has the value 2, expected <= 0",
+    ),
+    "state without heads": (
+        attention,
+        {"initial_state": torch.zeros(2, 4, 3)},
+        r"initial_state has shape \(2, 4, 3\), expected \[N,H,K,V\] = \(2, 2, 4, 3\)",
+    ),
+    "beta per channel": (
+        lambda **c: delta_rule(**tensors(**c)),
+        {"beta": torch.rand(2, 5, 2, 4)},
+        r"beta has shape \(2, 5, 2, 4\), expected \[B,S,H_v\] = \(2, 5, 2\)",
+    ),
+    "heads that do not divide": (
+        lambda **c: delta_rule(**tensors(**c)),
+        {"v": torch.randn(2, 5, 3, 3), "beta": torch.rand(2, 5, 3)},
+        "v has 3 heads and q, k have 2",
+    ),
+    "per-head decay": (
+        lambda **c: delta_rule(**tensors(**c)),
+        {"log_decay": -torch.rand(2)},
+        r"log_decay has shape \(2,\), expected None, \[B,S,H_v\] = \(2, 5, 2\)",
+    ),
+    "reflections of k only": (
+        lambda **c: delta_rule(**tensors(**c)),
+        {"k": torch.randn(2, 5, 2, 2, 4)},
+        r"v has shape \(2, 5, 2, 3\), expected \[B,S,R,H_v,V\]",
+    ),
+    "unknown back end": (attention, {"backend": "fast"}, "backend is 'fast', expected one of"),
+    "two rows packed": (attention, {"cu_seqlens": torch.tensor([0, 5])}, "B must be 1; it is 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_raise(case):
+    function, changes, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        function(**changes)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 5], "starts at 1, expected 0"),
+        ([0, 4], "ends at 4, expected S = 5"),
+        ([0, 3, 2, 5], r"cu_seqlens\[1\] = 3 and cu_seqlens\[2\] = 2, expected increasing"),
+        ([0, 3, 3, 5], r"cu_seqlens\[1\] = 3 and cu_seqlens\[2\] = 3, expected increasing"),
+        ([0], "expected N\\+1 offsets"),
+    ],
+)
+def test_bad_offsets_raise(offsets, message):
+    one_row = {n: t[:1] for n, t in tensors().items()}
+    for function in (delta_rule, lambda q, k, v, beta, cu_seqlens: decay_attention(q, k, v, cu_seqlens=cu_seqlens)):
+        with pytest.raises(ValueError, match=message):
+            function(**one_row, cu_seqlens=torch.tensor(offsets))
+    with pytest.raises(ValueError, match=message):
+        gated_scan(torch.randn(1, 5, 3), -torch.rand(1, 5, 3), cu_seqlens=torch.tensor(offsets))
+
+
+def test_bad_types_raise():
+    with pytest.raises(TypeError, match=r"decay_attention: k has dtype torch.int64, expected a floating dtype"):
+        attention(k=torch.ones(2, 5, 2, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="delta_rule: beta is a float, expected a torch.Tensor"):
+        delta_rule(**tensors(beta=0.5))
+    with pytest.raises(ValueError, match="cu_seqlens is torch.float32 of shape"):
+        attention(cu_seqlens=torch.tensor([0.0, 5.0]))
+    with pytest.raises(ValueError, match=r"decay_attention: v is on meta but q is on cpu"):
+        attention(v=torch.randn(2, 5, 2, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"gated_scan: log_decay has shape \(2, 5, 3\), expected \[B,S,D\] = \(2, 5, 4\)"):
+        gated_scan(torch.randn(2, 5, 4), -torch.rand(2, 5, 3))
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_an_empty_sequence_keeps_the_state(backend, random_inputs):
+    for function in (gated_scan, decay_attention, delta_rule):
+        arguments = random_inputs(function.__name__, 2, 0, 2, 4, 3)
+        state = arguments["initial_state"]
+        o, last = function(**arguments, output_state=True, backend=backend)
+        assert o.shape == ((2, 0, 4) if function is gated_scan else (2, 0, 2, 3))
+        assert torch.equal(last, state)
+        assert last.data_ptr() != state.data_ptr()
+        arguments["initial_state"] = None
+        assert not function(**arguments, output_state=True, backend=backend)[1].any()
+        assert function(**arguments, backend=backend)[1] is None
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_a_returned_state_is_never_an_input_or_output_in_disguise(S, random_inputs):
+    """The caller may change what it got in place."""
+    for function in (gated_scan, decay_attention, delta_rule):
+        arguments = random_inputs(function.__name__, 2, S, 2, 4, 3)
+        before = {n: t.clone() for n, t in arguments.items()}
+        with torch.no_grad():
+            o, state = function(**arguments, output_state=True)
+            kept = o.clone()
+            state.fill_(7.0)
+        assert torch.equal(o, kept)
+        assert all(torch.equal(arguments[n], before[n]) for n in before)
+
+
+def test_explanations_on_a_cpu():
+    for name in ("gated_scan", "decay_attention", "delta_rule"):
+        choice = explain_backend(name, device="cpu", dtype=torch.float32)
+        assert choice.chosen == "chunked"
+        assert str(choice) == (
+            f"{name} runs on the chunked back end because the tensors are on cpu and Triton kernels need a CUDA device."
+        )
+        assert explain_backend(name, device="cpu", dtype=torch.float32, backend="reference").chosen == "reference"
+    assert explain_backend(delta_rule, device=torch.device("cpu"), dtype=torch.float64).operator == "delta_rule"
+    with pytest.raises(AttributeError):
+        choice.chosen = "triton"
+
+
+def test_explanations_on_a_gpu_that_need_none(monkeypatch):
+    """explain_backend answers for a device without touching it."""
+    newest = types.ModuleType("triton")
+    newest.__version__ = "3.9.0"  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "triton", newest)
+    assert explain_backend("gated_scan", device="cuda", dtype=torch.bfloat16).chosen == "triton"
+    for name in ("decay_attention", "delta_rule"):
+        choice = explain_backend(name, device="cuda", dtype=torch.bfloat16)
+        assert choice.chosen == "chunked"
+        assert f"{name} has no Triton kernel yet" in str(choice)
+    wide = explain_backend("gated_scan", device="cuda", dtype=torch.float64)
+    assert wide.chosen == "chunked"
+    assert "torch.float64" in wide.reason
+    newest.__version__ = "3.5.1"  # pyright: ignore[reportAttributeAccessIssue]
+    old = explain_backend("gated_scan", device="cuda", dtype=torch.float32)
+    assert (old.chosen, old.reason) == ("chunked", "Triton 3.5.1 is older than 3.6")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    missing = explain_backend("gated_scan", device="cuda", dtype=torch.float32)
+    assert missing.chosen == "chunked"
+    assert "Triton is not installed" in missing.reason
+    assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without CUDA")
+def test_asking_for_triton_names_the_missing_part(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.randn(1, 4, 3)
+    with pytest.raises(ValueError, match="gated_scan: backend='triton' cannot run: there is no CUDA device"):
+        gated_scan(x, -x.abs(), backend="triton")
+    with pytest.raises(ValueError, match="delta_rule has no Triton kernel yet"):
+        delta_rule(**tensors(), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        gated_scan(x, -x.abs(), backend="triton")
+
+
+def test_explanations_refuse_what_the_call_would():
+    with pytest.raises(ValueError, match="operator is 'softmax', expected one of"):
+        explain_backend("softmax", device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        explain_backend("delta_rule", device="cpu", dtype=torch.float32, backend="fast")  # pyright: ignore
+    with pytest.raises(ValueError, match="BlockCausal is not defined"):
+        explain_backend("delta_rule", device="cpu", dtype=torch.float32, visibility=BlockCausal(4))
+    with pytest.raises(ValueError, match="gated_scan: Bidirectional is not defined"):
+        explain_backend("gated_scan", device="cpu", dtype=torch.float32, visibility=Bidirectional())
+
+
+def test_the_public_face():
+    assert kernels.__all__ == sorted(kernels.__all__)
+    for name in kernels.__all__:
+        assert getattr(kernels, name).__doc__, f"{name} has no docstring"
