@@ -1,10 +1,11 @@
 """Checks of the Triton gated scan in Triton's interpreter; run as a script by test_gated_scan_triton.py.
 
 The interpreter is chosen by an environment variable that must be set before Triton is imported and must not reach the other tests,
-hence a process of its own. Prints one JSON object: check name -> numbers, or the traceback of a check that raised.
+hence a process of its own. Prints one JSON object: check name -> numbers, or the traceback of a check that raised. Names as arguments select checks.
 """
 
 import json
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -118,7 +119,7 @@ def _offsets(out, rows, strides, count: tl.constexpr):
 
 def row_offsets():
     """The kernels' own offset function on 32-bit rows and strides around 2^31."""
-    rows = torch.tensor([349_525, 349_526, 1_048_575, 1_048_576], dtype=torch.int32)
+    rows = torch.tensor([349_525, 349_526, 1_048_575, 1_048_576], dtype=torch.int32)  # the last rows of the four shapes
     strides = torch.tensor([6144, 6144, 2048, 2048], dtype=torch.int32)
     out = torch.zeros(4, dtype=torch.int64)
     _offsets[(1,)](out, rows, strides, count=4)
@@ -166,7 +167,8 @@ CHECKS = {
 
 if __name__ == "__main__":
     results = {}
-    for name, (check, arguments) in CHECKS.items():
+    for name in sys.argv[1:] or CHECKS:
+        check, arguments = CHECKS[name]
         try:
             results[name] = check(*arguments)
         except Exception:
