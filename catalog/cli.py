@@ -261,7 +261,7 @@ def export(
     else:
         dump = {
             "schema_version": SCHEMA_VERSION,
-            "licence": "CC0-1.0 (facts about papers; no abstracts)",
+            "licence": "Facts about papers, no abstracts; arXiv's descriptive metadata are CC0.",
             "records": [record.model_dump(mode="json") for record in records],
         }
         text = json.dumps(dump, ensure_ascii=False, indent=2) + "\n"

@@ -11,6 +11,7 @@ Measured with :func:`measure` on the shipped records: see the README.
 import re
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,9 +39,11 @@ CREATE VIRTUAL TABLE plain USING fts5(
 CREATE VIRTUAL TABLE pieces USING fts5(letters, content='papers', content_rowid='id', tokenize='trigram');
 """
 # Weights of the columns, title far above the rest; bm25 is negative, smaller is better.
-_STEMMED = "SELECT rowid, bm25(stemmed, 10.0, 6.0, 1.0) FROM stemmed WHERE stemmed MATCH ?"
-_PLAIN = "SELECT rowid, bm25(plain, 10.0, 5.0, 2.0, 2.0, 4.0) FROM plain WHERE plain MATCH ?"
-_PIECES = "SELECT rowid, bm25(pieces) FROM pieces WHERE pieces MATCH ?"
+_BM25 = {
+    "stemmed": "bm25(stemmed, 10.0, 6.0, 1.0)",
+    "plain": "bm25(plain, 10.0, 5.0, 2.0, 2.0, 4.0)",
+    "pieces": "bm25(pieces)",
+}
 _PREFIX_FACTOR, _PIECE_FACTOR, _PHRASE_BONUS, _TITLE_BONUS = 0.4, 0.2, 0.5, 1e3
 MAX_WORDS, MAX_WORD = 32, 100
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -98,6 +101,10 @@ class SearchIndex:
         for table in ("stemmed", "plain", "pieces"):
             self._database.execute(f"INSERT INTO {table}({table}) VALUES ('rebuild')")
         self._table = build_lookup(list(self.records))
+        self._number = {record.key: number for number, record in enumerate(self.records)}
+        by_key = sorted(range(len(self.records)), key=lambda number: self.records[number].key)
+        by_date = sorted(by_key, key=lambda number: _date(self.records[number]), reverse=True)
+        self._order = {number: place for place, number in enumerate(by_date)}
         self._titles: dict[str, list[int]] = {}
         for number, record in enumerate(self.records):
             for title in (record.title, *record.other_titles):
@@ -125,15 +132,13 @@ class SearchIndex:
             scores: dict[int, float] = dict.fromkeys(range(len(self.records)), 0.0)
             match: Match = "all"
         elif (record := lookup(self._table, text)) is not None:
-            scores, match = {next(n for n, r in enumerate(self.records) if r.key == record.key): 0.0}, "exact"
+            scores, match = {self._number[record.key]: 0.0}, "exact"
         else:
             words = _words(text)
             with self._lock:
                 scores, match = self._rank(text, words)
         found = [number for number in scores if accept(self.records[number])]
-        # Python's sort is stable: key first, then date, then what was asked for.
-        found.sort(key=lambda number: self.records[number].key)
-        found.sort(key=lambda number: _date(self.records[number]), reverse=True)
+        found.sort(key=self._order.__getitem__)  # Python's sort is stable: this order decides between equals below
         if sort == "relevance":
             found.sort(key=lambda number: round(scores[number], 9))
         elif sort == "added":
@@ -145,52 +150,62 @@ class SearchIndex:
         return Result(hits, len(found), match if found else "none")
 
     def _rank(self, text: str, words: list[str]) -> tuple[dict[int, float], Match]:
-        """Scores (smaller is better) of the papers that have every word, else of those that have most words."""
-        per_word = [self._word(word, last=place == len(words) - 1) for place, word in enumerate(words)]
-        per_word = [found for found in per_word if found is not None]
-        if not per_word:
+        """Scores (smaller is better) of the papers that have every word, else of those that have most words.
+
+        Which papers have a word is asked first, which is cheap; only the papers that remain are scored.
+        """
+        last = len(words) - 1
+        found = [self._word(word, last=place == last) for place, word in enumerate(words) if re.search(r"[^\W_]", word)]
+        if not found:
             return {}, "none"
-        counts: dict[int, int] = {}
-        scores: dict[int, float] = {}
-        for found in per_word:
-            for number, score in found.items():
-                counts[number] = counts.get(number, 0) + 1
-                scores[number] = scores.get(number, 0.0) + score
+        counts = Counter(number for papers, _ in found for number in papers)
         most = max(counts.values(), default=0)
-        if most < len(per_word) and most * 2 < len(per_word):
+        if most == 0 or (most < len(found) and most * 2 < len(found)):
             return {}, "none"
-        scores = {number: score for number, score in scores.items() if counts[number] == most}
+        scores = dict.fromkeys((number for number, count in counts.items() if count == most), 0.0)
+        together: dict[tuple[str, float], list[str]] = {}
+        for _, parts in found:
+            for table, match, factor in parts:
+                together.setdefault((table, factor), []).append(match)
+        for (table, factor), matches in together.items():
+            self._score(scores, table, " OR ".join(matches), factor)  # bm25 adds up over the words
         if len(words) > 1:
-            phrase = _quote(" ".join(words))
-            for number, score in self._database.execute(_STEMMED, (phrase,)):
-                if number in scores:
-                    scores[number] += score * _PHRASE_BONUS
+            self._score(scores, "stemmed", _quote(" ".join(words)), _PHRASE_BONUS)
         for number in self._titles.get(normal_title(text), ()):
             if number in scores:
                 scores[number] -= _TITLE_BONUS
-        return scores, "all" if most == len(per_word) else "some"
+        return scores, "all" if most == len(found) else "some"
 
-    def _word(self, word: str, *, last: bool) -> dict[int, float] | None:
-        """Papers with one word: whole or stemmed, else as a beginning, else as a part; ``None`` for mere punctuation.
+    def _word(self, word: str, *, last: bool) -> tuple[set[int], list[tuple[str, str, float]]]:
+        """Papers with one word, and what to score them by: (table, match, factor).
 
-        The last word is looked up as a beginning as well, because it may still be being typed.
+        The word counts whole and stemmed, else as a beginning, else as a part. The last word is looked up as a
+        beginning as well, because it may still be being typed.
         """
-        letters = re.findall(r"[^\W_]+", to_latin(word))
-        if not letters:
-            return None
-        quoted = _quote(word)
-        found: dict[int, float] = {}
-        self._add(found, _STEMMED, quoted, 1.0)
-        self._add(found, _PLAIN, quoted, 1.0)  # the word as it was typed counts on top of its stem
-        if (last or not found) and len(letters[-1]) >= 2:
-            self._add(found, _PLAIN, f"{quoted} *", _PREFIX_FACTOR)
-        if not found and len(word) >= 3:
-            self._add(found, _PIECES, _quote(to_latin(word).lower()), _PIECE_FACTOR)
-        return found
+        quoted, length = _quote(word), len(re.sub(r"[\W_]", "", word))
+        parts = [("stemmed", quoted, 1.0), ("plain", quoted, 1.0)]  # as typed counts on top of its stem
+        papers = self._papers("stemmed", quoted) | self._papers("plain", quoted)
+        if (last or not papers) and length >= 2:
+            parts.append(("plain", f"{quoted} *", _PREFIX_FACTOR))
+            papers |= self._papers("plain", f"{quoted} *")
+        if not papers and len(word) >= 3:
+            piece = _quote(to_latin(word).lower())
+            parts, papers = [("pieces", piece, _PIECE_FACTOR)], self._papers("pieces", piece)
+        return papers, parts
 
-    def _add(self, found: dict[int, float], statement: str, match: str, factor: float) -> None:
+    def _papers(self, table: str, match: str) -> set[int]:
+        rows = self._database.execute(f"SELECT rowid FROM {table} WHERE {table} MATCH ?", (match,))
+        return {number for (number,) in rows}
+
+    def _score(self, scores: dict[int, float], table: str, match: str, factor: float) -> None:
+        """Add the bm25 of a match to the papers that are in ``scores``."""
+        statement = f"SELECT rowid, {_BM25[table]} FROM {table} WHERE {table} MATCH ?"
+        if len(scores) * 4 < len(self.records):
+            # Read on and skip: without the plus SQLite would start the match anew for every paper.
+            statement += f" AND +rowid IN ({','.join(map(str, scores))})"
         for number, score in self._database.execute(statement, (match,)):
-            found[number] = found.get(number, 0.0) + score * factor
+            if number in scores:
+                scores[number] += score * factor
 
     def _spans(self, words: list[str], numbers: list[int]) -> dict[int, tuple[tuple[int, int], ...]]:
         """Places in the titles to highlight, from the index; parts of words are found by comparing letters."""
@@ -203,7 +218,7 @@ class SearchIndex:
         for table, match in tables:
             statement = (
                 f"SELECT rowid, highlight({table}, 0, char(2), char(3)) FROM {table} "
-                f"WHERE {table} MATCH ? AND rowid IN ({chosen})"
+                f"WHERE {table} MATCH ? AND +rowid IN ({chosen})"
             )
             for number, marked in self._database.execute(statement, (match,)):
                 spans[number].update(_marked_spans(marked))
