@@ -27,6 +27,7 @@ _HALF = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_LANE = 2**20  # blocks that one call may take; the block number has 32 bits, so there are 4096 lanes
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
@@ -88,8 +89,8 @@ def sequence_hash(key: int, symbols: Words, lengths: Integers) -> Words:
 class Draws:
     """The random numbers of ``n`` attempts: row b belongs to attempt ``attempt[b]`` of example ``index[b]``.
 
-    Successive calls return successive words of each row's own stream. A row's words never depend on which other rows
-    are drawn with it.
+    Each call draws from a lane of its own, so that its words do not depend on how many another call took: a wider array
+    begins with the narrower one. Nor does a row depend on which other rows are drawn with it.
     """
 
     def __init__(self, key: int, index: Integers, attempt: Integers):
@@ -97,7 +98,7 @@ class Draws:
         number = index.astype(np.uint64)
         self._attempt = attempt.astype(np.uint64)
         self._index_low, self._index_high = number & _LOW, number >> _HALF
-        self._block = 0
+        self._lane = 0
 
     def __len__(self) -> int:
         return len(self._attempt)
@@ -105,11 +106,13 @@ class Draws:
     def words(self, count: int) -> Words:
         """Uniform 64-bit words ``[n, count]``."""
         blocks = (count + 1) // 2
+        if blocks > _LANE:
+            raise ValueError(f"count: expected at most {2 * _LANE} words a call, got {count}")
         counter = np.empty((4, len(self), blocks), dtype=np.uint64)
-        counter[0] = np.arange(self._block, self._block + blocks, dtype=np.uint64)
+        counter[0] = self._lane * _LANE + np.arange(blocks, dtype=np.uint64)
         for word, column in enumerate((self._attempt, self._index_low, self._index_high), start=1):
             counter[word] = column[:, None]
-        self._block += blocks
+        self._lane += 1
         r0, r1, r2, r3 = philox(counter, self._key)
         pairs = np.stack((r0 << _HALF | r1, r2 << _HALF | r3), axis=-1)
         return pairs.reshape(len(self), 2 * blocks)[:, :count]
