@@ -1,8 +1,8 @@
 """Recurrent depth: the same blocks run again and again, so that thinking longer needs no more parameters.
 
 :class:`DepthRecurrence` is the method; the values :class:`InitialState`, :class:`Injection`, :class:`StepSampler`,
-:class:`GradientWindow`, :class:`ExitRule` and :class:`Readout` are what a published variant is a combination of. Latent thoughts
-(Coconut) live in :mod:`latentcot.recurrent_depth.latent_thoughts`.
+:class:`GradientWindow`, :class:`ExitRule` and :class:`Readout` are what a published variant is a combination of. Latent
+thoughts (Coconut) live in :mod:`latentcot.recurrent_depth.latent_thoughts`.
 """
 
 from latentcot.recurrent_depth.depth_recurrence import DepthRecurrence

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from latentcot.backbone import HybridOutput, ModelState
-from latentcot.backbone.model import CACHE_KEY
 from latentcot.reasoner import (
     SPECIAL,
     AnswerLimits,
@@ -38,8 +37,9 @@ ANSWER_SEED = 0
 class DepthRecurrence(DepthLoop):
     """Depth recurrence as a method; settings and architecture: :class:`~latentcot.recurrent_depth.loop.DepthLoop`.
 
-    Training draws one r a step (the same on every worker) and lets gradient through the last k recurrences. Answering takes
-    ``recurrences`` and ``exit_rule`` from the settings or, overriding them, from ``limits.knobs`` under the same names.
+    Training draws one r a step (the same on every worker) and lets gradient through the last k recurrences. Answering
+    takes ``recurrences`` and ``exit_rule`` from the settings or, overriding them, from ``limits.knobs`` under the same
+    names.
     """
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
@@ -65,12 +65,14 @@ class DepthRecurrence(DepthLoop):
     ) -> AnswerOutput:
         """Greedy answers.
 
-        The random initial state is one draw for each position, the same for every row of the batch and of a size that the task's
-        limits set: a row's answer depends neither on its neighbours nor on padding. Without ``generator`` the draw is a fixed one.
+        The random initial state is one draw for each position, the same for every row of the batch and of a size that
+        the task's limits set: a row's answer depends neither on its neighbours nor on padding. Without ``generator``
+        the draw is a fixed one.
 
-        ``sequential_passes``: r + 1 a token (each recurrence of the core waits for the one before; prelude and coda together are
-        one more). With a fixed r, tokens after the first continue from the state; with an exit rule each token reads its whole row
-        again, because rows that stop early leave no complete state. ``info["recurrences"] [B]``: r of the answer's first token.
+        ``sequential_passes``: r + 1 a token (each recurrence of the core waits for the one before; prelude and coda
+        together are one more). With a fixed r, tokens after the first continue from the state; with an exit rule each
+        token reads its whole row again, because rows that stop early leave no complete state. ``info["recurrences"]
+        [B]``: r of the answer's first token.
         """
         r, rule = self._depth(limits.knobs)
         if limits.sequential_passes is not None:
@@ -85,7 +87,12 @@ class DepthRecurrence(DepthLoop):
         if rule.active:
             return self._answer_with_exits(start.ids, start.mask, r, rule, noise, most)
         first = self.recur(
-            start.ids, r, attention_mask=start.mask, initial_state=_at(noise, start.mask), use_cache=True, logits_to_keep=1
+            start.ids,
+            r,
+            attention_mask=start.mask,
+            initial_state=_at(noise, start.mask),
+            use_cache=True,
+            logits_to_keep=1,
         )
         assert first.state is not None
         decoded = greedy_decode(_FixedDepth(self, r, noise), first.logits[:, -1], first.state, most)  # type: ignore[arg-type]
@@ -125,7 +132,8 @@ class DepthRecurrence(DepthLoop):
 
     @torch.no_grad()
     def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
-        """Output of each chosen core block after each recurrence, prompt and ``<ans>`` read once: ``hidden [R, layers, B, S, D]``.
+        """Output of each chosen core block after each recurrence, prompt and ``<ans>`` read once: ``hidden [R, layers,
+        B, S, D]``.
 
         ``sites.blocks`` must lie in the core; ``sites.steps``: the first so many recurrences.
         """
@@ -133,7 +141,9 @@ class DepthRecurrence(DepthLoop):
         r = self.default_recurrences if sites.steps is None else min(sites.steps, self.default_recurrences)
         start = join([prompt(prompts), constant(prompts.ids, SPECIAL.ans)])
         noise = self._noise(prompts, None)
-        output = self.recur(start.ids, r, attention_mask=start.mask, initial_state=_at(noise, start.mask), record=blocks)
+        output = self.recur(
+            start.ids, r, attention_mask=start.mask, initial_state=_at(noise, start.mask), record=blocks
+        )
         assert output.recorded is not None
         hidden = torch.stack([torch.stack(step) for step in output.recorded])
         return Trace(hidden, start.mask.expand(r, *start.mask.shape), tuple(f"block {b}" for b in sorted(blocks)))
@@ -174,6 +184,11 @@ class _FixedDepth:
         assert state.lengths is not None
         start = None if self.noise is None else self.noise[state.lengths][:, None]
         output = self.loop.recur(
-            input_ids, self.recurrences, attention_mask=attention_mask, initial_state=start, state=state, logits_to_keep=1
+            input_ids,
+            self.recurrences,
+            attention_mask=attention_mask,
+            initial_state=start,
+            state=state,
+            logits_to_keep=1,
         )
-        return HybridOutput(logits=output.logits, **{CACHE_KEY: output.state})
+        return HybridOutput(logits=output.logits, cache=output.state)

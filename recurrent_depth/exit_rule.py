@@ -1,8 +1,8 @@
 r"""When a row has thought enough: :class:`ExitRule`.
 
-A criterion compares recurrence i with the one before; where it falls below the threshold the row stops. Criteria and thresholds:
-arXiv:2502.05171 and its released code. The divergence runs from the previous distribution to the current one,
-:math:`KL(p_{i-1} \,\Vert\, p_i)`.
+A criterion compares recurrence i with the one before; where it falls below the threshold the row stops. Criteria and
+thresholds: arXiv:2502.05171 and its released code. The divergence runs from the previous distribution to the current
+one, :math:`KL(p_{i-1} \,\Vert\, p_i)`.
 """
 
 import math
@@ -48,12 +48,14 @@ class ExitRule:
     none               never stops                                             –                 –
     ================== ======================================================= ================= ===========
 
-    p is what coda and head make of the state; each check of such a rule costs one pass through them. With ``check_every`` > 1 a
-    decoded rule compares with the previous *check*, a latent one always with the previous recurrence.
+    p is what coda and head make of the state; each check of such a rule costs one pass through them. With
+    ``check_every`` > 1 a decoded rule compares with the previous *check*, a latent one always with the previous
+    recurrence.
 
     Args:
         kind: see the table.
-        threshold: a row stops when its value is smaller (``argmax``: when the count is reached); ``None`` = the table's.
+        threshold: a row stops when its value is smaller (``argmax``: when the count is reached); ``None`` = the
+            table's.
         min_steps: fewest recurrences of a row; a row stops at the first check that comes at or after them.
         check_every: the criterion is looked at after every so many recurrences.
         positions: whose value is the row's: ``last`` = its last real position (the one that an answer is read from),
@@ -109,7 +111,9 @@ class ExitRule:
         return tensor[torch.arange(len(tensor), device=tensor.device), last][:, None]
 
     @torch.no_grad()
-    def measure(self, previous: Tensor, state: Tensor, logits: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def measure(
+        self, previous: Tensor, state: Tensor, logits: Tensor | None, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The criterion at every position that :meth:`view` shows.
 
         Args:

@@ -1,7 +1,7 @@
 r"""Which recurrences carry gradient: :class:`GradientWindow` (truncated back-propagation through depth).
 
-Of r recurrences the first :math:`\max(r - k, 0)` run without gradient, the last :math:`\min(r, k)` with it. The prelude learns through
-the input injected into those last k, and only through it (arXiv:2502.05171, k = 8).
+Of r recurrences the first :math:`\max(r - k, 0)` run without gradient, the last :math:`\min(r, k)` with it. The prelude
+learns through the input injected into those last k, and only through it (arXiv:2502.05171, k = 8).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 r"""Where a depth loop starts: :class:`InitialState`.
 
-Huginn (arXiv:2502.05171) draws :math:`s_0` afresh for every pass and position, so that the core learns a map whose result does
-not depend on where it started. The draw is that of its embedding table, variance :math:`2/(5D)`, times the embedding scale
-:math:`\sqrt D`: a truncated normal of nominal variance 2/5, whatever the width.
+Huginn (arXiv:2502.05171) draws :math:`s_0` afresh for every pass and position, so that the core learns a map whose
+result does not depend on where it started. The draw is that of its embedding table, variance :math:`2/(5D)`, times the
+embedding scale :math:`\sqrt D`: a truncated normal of nominal variance 2/5, whatever the width.
 """
 
 import math

@@ -1,8 +1,8 @@
 r"""How a recurrence sees the input again: :class:`Injection`, and the module it builds.
 
 Every recurrence starts with the state :math:`s` and the prelude's output :math:`e`; joined, they enter the core. Huginn
-(arXiv:2502.05171) concatenates, *state first*, and maps :math:`2D \to D` without a bias. Adding worked as well in small models and
-worse in large ones.
+(arXiv:2502.05171) concatenates, *state first*, and maps :math:`2D \to D` without a bias. Adding worked as well in small
+models and worse in large ones.
 """
 
 import math
@@ -29,8 +29,8 @@ class Injection:
     none    :math:`s`                                            none
     ======= ==================================================== ==============
 
-    ``gate`` is our reading of a name that the released code lists. ``none`` shows the core its input only through an initial state of
-    kind ``embedding``.
+    ``gate`` is our reading of a name that the released code lists. ``none`` shows the core its input only through an
+    initial state of kind ``embedding``.
     """
 
     kind: str = "linear"
@@ -43,8 +43,8 @@ class Injection:
 
 
 class Adapter(nn.Module):
-    """The join as a module: ``state [B, S, D]``, ``embedded [B, S, D]`` to ``[B, S, D]``. The matrix starts as a normal of variance
-    2 / (5 D), cut at ±3 standard deviations (the initialisation of every linear map in Huginn)."""
+    """The join as a module: ``state [B, S, D]``, ``embedded [B, S, D]`` to ``[B, S, D]``. The matrix starts as a normal
+    of variance 2 / (5 D), cut at ±3 standard deviations (the initialisation of every linear map in Huginn)."""
 
     def __init__(self, kind: str, width: int):
         super().__init__()

@@ -7,8 +7,8 @@ r"""The depth loop over a hybrid backbone: prelude, core (again and again), coda
     z   &= n(s_r) \\
     p   &= \mathrm{softmax}(W\, n(\mathrm{Coda}(z)))
 
-n is the backbone's final norm, one weight used twice and *outside* the loop; W its head; prelude, core and coda are runs of its
-blocks (arXiv:2502.05171). Core block b of recurrence i (from 0) keeps its token state at place ``(b, i)``.
+n is the backbone's final norm, one weight used twice and *outside* the loop; W its head; prelude, core and coda are
+runs of its blocks (arXiv:2502.05171). Core block b of recurrence i (from 0) keeps its token state at place ``(b, i)``.
 """
 
 from collections.abc import Mapping
@@ -37,18 +37,29 @@ DEFAULTS: dict[str, Any] = {
     "initial_state": "like_init",
     "injection": "linear",
     "sampler": "lognormal_poisson",
-    "gradient_window": {"last": 8},
+    "gradient_window": 8,
     "exit_rule": "none",
-    "readout": {"loop_norm": "after_loop"},
+    "readout": "after_loop",
     "embedding_scale": None,
     "recurrences": None,
 }
 
+VALUES: dict[str, type] = {
+    "initial_state": InitialState,
+    "injection": Injection,
+    "sampler": StepSampler,
+    "gradient_window": GradientWindow,
+    "exit_rule": ExitRule,
+    "readout": Readout,
+}
+"""Setting -> the value it is read as."""
+
 
 @dataclass
 class LoopOutput:
-    """``hidden [B, S, D]``: the coda's output, before the last norm; ``logits [B, S or fewer, Vocab]``; ``final_state [B, S, D]``:
-    each row's s_r; ``recurrences [B]``: its r; ``state``: for the next tokens, when it was kept; ``recorded``: see ``record``."""
+    """``hidden [B, S, D]``: the coda's output, before the last norm; ``logits [B, S or fewer, Vocab]``; ``final_state
+    [B, S, D]``: each row's s_r; ``recurrences [B]``: its r; ``state``: for the next tokens, when it was kept;
+    ``recorded``: see ``record``."""
 
     hidden: Tensor
     logits: Tensor
@@ -59,21 +70,23 @@ class LoopOutput:
 
 
 class DepthLoop(Reasoner):
-    """The architecture and its forward pass; :class:`~latentcot.recurrent_depth.DepthRecurrence` adds training and answering.
+    """The architecture and its forward pass; :class:`~latentcot.recurrent_depth.DepthRecurrence` adds training and
+    answering.
 
     Args:
         backbone: its blocks are used as prelude, core and coda.
         settings: see the README beside this file for every key; left-out keys take the values of ``DEFAULTS``.
 
             * ``prelude``, ``core``, ``coda``: blocks of each part; they must add up to the backbone's, core at least 1.
-            * ``initial_state``, ``injection``, ``sampler``, ``gradient_window``, ``exit_rule``, ``readout``: the value of that name,
-              written as its kind or as a dict of its fields.
-            * ``embedding_scale``: factor c on token embeddings, ``"sqrt_width"`` for sqrt(D), ``None`` = the backbone's own.
+            * ``initial_state``, ``injection``, ``sampler``, ``gradient_window``, ``exit_rule``, ``readout``: the value
+              of that name, written as its first field alone or as a dict of its fields.
+            * ``embedding_scale``: factor c on token embeddings, ``"sqrt_width"`` for sqrt(D), ``None`` = the backbone's
+              own.
             * ``recurrences``: r when answering; ``None`` = the sampler's mean, rounded.
 
     Raises:
-        ValueError: unknown keys (close ones are named), sizes that do not fit, values out of range, and ``injection`` "none" with an
-            initial state that does not show the core its input either.
+        ValueError: unknown keys (close ones are named), sizes that do not fit, values out of range, and ``injection``
+            "none" with an initial state that does not show the core its input either.
     """
 
     def __init__(self, backbone: HybridForCausalLM, settings: Mapping[str, Any] | None = None):
@@ -83,20 +96,10 @@ class DepthLoop(Reasoner):
         core = check_count("core", merged["core"], 1)
         coda = check_count("coda", merged["coda"])
         if prelude + core + coda != blocks:
-            raise ValueError(f"prelude + core + coda: {prelude} + {core} + {coda} given, but the backbone has {blocks} blocks")
-        window = merged["gradient_window"]
-        values = {
-            "initial_state": read_value("initial_state", InitialState, merged["initial_state"]),
-            "injection": read_value("injection", Injection, merged["injection"]),
-            "sampler": read_value("sampler", StepSampler, merged["sampler"]),
-            "gradient_window": window
-            if isinstance(window, GradientWindow)
-            else read_value("gradient_window", GradientWindow, window if isinstance(window, Mapping) else {"last": window}),
-            "exit_rule": read_value("exit_rule", ExitRule, merged["exit_rule"]),
-            "readout": read_value(
-                "readout", Readout, {"loop_norm": merged["readout"]} if isinstance(merged["readout"], str) else merged["readout"]
-            ),
-        }
+            raise ValueError(
+                f"prelude + core + coda: {prelude} + {core} + {coda} given, but the backbone has {blocks} blocks"
+            )
+        values = {name: read_value(name, kind, merged[name]) for name, kind in VALUES.items()}
         merged |= {name: write_value(value) for name, value in values.items()}
         super().__init__(backbone, merged)
         self.prelude, self.core = slice(0, prelude), slice(prelude, prelude + core)
@@ -143,8 +146,8 @@ class DepthLoop(Reasoner):
         recurrence: int = 0,
         record: tuple[int, ...] = (),
     ) -> tuple[Tensor, ModelState | None, list[Tensor]]:
-        """One recurrence: :math:`s_{i-1}, e` to :math:`s_i`, all ``[B, S, D]``, and the token state with this recurrence's entries.
-        ``record``: core blocks whose outputs are returned too."""
+        """One recurrence: :math:`s_{i-1}, e` to :math:`s_i`, all ``[B, S, D]``, and the token state with this
+        recurrence's entries. ``record``: core blocks whose outputs are returned too."""
         hidden = self.adapter(previous, embedded)
         recorded = []
         for part in _parts(self.core, bool(record)):
@@ -185,7 +188,8 @@ class DepthLoop(Reasoner):
         Args:
             input_ids: ``[B, S]``.
             recurrences: r, at least 1; the most a row takes when there is an exit rule. Default: that of the settings.
-            initial_state: s_0 ``[B, S, D]``; drawn with ``generator`` when ``None``. Fix it and the pass is deterministic.
+            initial_state: s_0 ``[B, S, D]``; drawn with ``generator`` when ``None``. Fix it and the pass is
+                deterministic.
             attention_mask: ``[B, S]``, 1 = real token; padding may stand anywhere and changes nothing.
             cu_seqlens: offsets of packed sequences (B = 1).
             window: how many of the last recurrences carry gradient; all by default.
@@ -196,13 +200,14 @@ class DepthLoop(Reasoner):
             record: core blocks whose outputs to keep, recurrence by recurrence.
 
         Raises:
-            ValueError: r below 1, a wrong shape, or an exit rule together with a state, packing or ``record`` (tokens that stop at
-                different depths would leave gaps in the state).
+            ValueError: r below 1, a wrong shape, or an exit rule together with a state, packing or ``record`` (tokens
+                that stop at different depths would leave gaps in the state).
         """
         r = check_count("recurrences", self.default_recurrences if recurrences is None else recurrences, 1)
         embedded = self.embed(input_ids)
         context = SequenceContext.build(
-            *input_ids.shape,
+            input_ids.shape[0],
+            input_ids.shape[1],
             input_ids.device,
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,
@@ -211,11 +216,13 @@ class DepthLoop(Reasoner):
         )
         if exit_rule.active and (context.keep_state or cu_seqlens is not None or record):
             raise ValueError(
-                "exit_rule: rows that stop early leave gaps in a state; leave out state, use_cache, cu_seqlens and record, "
-                "or read with a fixed number of recurrences"
+                "exit_rule: rows that stop early leave gaps in a state; leave out state, use_cache, cu_seqlens and "
+                "record, or read with a fixed number of recurrences"
             )
         if outside := [b for b in record if not self.core.start <= b < self.core.stop]:
-            raise ValueError(f"record: blocks {outside} given, but the core is blocks {self.core.start}..{self.core.stop - 1}")
+            raise ValueError(
+                f"record: blocks {outside} given, but the core is blocks {self.core.start}..{self.core.stop - 1}"
+            )
         self._check_depth(state, r)
         embedded, state = self.backbone.run(embedded, context, self.prelude, state)
         s = self._start(embedded, initial_state, generator)
@@ -239,7 +246,9 @@ class DepthLoop(Reasoner):
         if given is None:
             return self.initial.draw(embedded, generator)
         if given.shape != embedded.shape:
-            raise ValueError(f"initial_state: shape {list(given.shape)} given, expected [B, S, D] = {list(embedded.shape)}")
+            raise ValueError(
+                f"initial_state: shape {list(given.shape)} given, expected [B, S, D] = {list(embedded.shape)}"
+            )
         return given.to(embedded)
 
     def _check_depth(self, state: ModelState | None, recurrences: int) -> None:
@@ -248,12 +257,15 @@ class DepthLoop(Reasoner):
             return
         stored = 1 + max((i for block, i in state.entries if block == self.core.start), default=-1)
         if stored != recurrences:
-            raise ValueError(f"state: it was made with {stored} recurrences, so it can not be continued with {recurrences}")
+            raise ValueError(
+                f"state: it was made with {stored} recurrences, so it can not be continued with {recurrences}"
+            )
 
     def _loop_with_exits(
         self, s: Tensor, embedded: Tensor, context: SequenceContext, most: int, rule: ExitRule, window: GradientWindow
     ) -> tuple[Tensor, Tensor]:
-        """The loop on the rows still at work: ``(s_r [B, S, D], r [B])``. Rows that settle are taken out, not computed on."""
+        """The loop on the rows still at work: ``(s_r [B, S, D], r [B])``. Rows that settle are taken out, not computed
+        on."""
         rows = torch.arange(len(s), device=s.device)
         without, _ = window.split(most)
         memory: Tensor | None = None
@@ -306,7 +318,8 @@ class DepthLoop(Reasoner):
         head: Tensor | int = 0,
         checks: Tensor | int = 0,
     ) -> Tensor | float:
-        """Forward FLOPs of ``new`` tokens after ``past`` ones, row by row: prelude, r times adapter and core, coda, head.
+        """Forward FLOPs of ``new`` tokens after ``past`` ones, row by row: prelude, r times adapter and core, coda,
+        head.
 
         ``checks``: how many times coda and one position's head ran besides, for an exit rule that decodes.
         """

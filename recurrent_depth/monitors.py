@@ -24,8 +24,8 @@ def token_correlation(state: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def relative_residual(previous: Tensor, state: Tensor) -> Tensor:
-    r""":math:`\lVert s_i - s_{i-1} \rVert / \lVert s_i \rVert` over the last axis: ``[B, S, D]`` twice to ``[B, S]``. Where the state is
-    exactly 0 the quotient is taken over the smallest positive number instead."""
+    r""":math:`\lVert s_i - s_{i-1} \rVert / \lVert s_i \rVert` over the last axis: ``[B, S, D]`` twice to ``[B, S]``.
+    Where the state is exactly 0 the quotient is taken over the smallest positive number instead."""
     if previous.shape != state.shape:
         raise ValueError(f"previous: shape {list(previous.shape)} given, expected that of state, {list(state.shape)}")
     tiny = torch.finfo(state.dtype).tiny

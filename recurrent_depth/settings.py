@@ -1,6 +1,7 @@
 """Method settings as plain JSON values: unknown keys and unknown names raise, with the close ones named.
 
-A setting that stands for a value object is written as its kind (``"kl"``) or as a dict (``{"kind": "kl", "threshold": 1e-3}``).
+A setting that stands for a value object is written as its first field alone (``"kl"``) or as a dict of its fields
+(``{"kind": "kl", "threshold": 1e-3}``).
 """
 
 from collections.abc import Iterable, Mapping
@@ -41,14 +42,14 @@ def merge(owner: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | No
 
 
 def read_value(argument: str, kind: type[Value], given: Any) -> Value:
-    """An instance of the frozen dataclass ``kind`` out of a setting: an instance, its ``kind`` field alone, or a dict of fields."""
+    """An instance of the frozen dataclass ``kind`` out of a setting: an instance, its first field alone, or a dict of
+    its fields."""
     if isinstance(given, kind):
         return given
-    if isinstance(given, str):
-        given = {"kind": given}
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(given, Mapping):
-        raise ValueError(f"{argument}: {given!r} given, expected a {kind.__name__}, its kind, or a dict of its fields")
-    check_keys(argument, given, [f.name for f in fields(kind)])  # type: ignore[arg-type]
+        given = {names[0]: given}
+    check_keys(argument, given, names)
     return kind(**given)
 
 

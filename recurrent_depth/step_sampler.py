@@ -1,8 +1,9 @@
 r"""How many recurrences a training step takes: :class:`StepSampler`.
 
-Huginn (arXiv:2502.05171) draws from a log-normal Poisson law, :math:`\tau \sim N(\ln \bar r - \varsigma^2/2, \varsigma)`,
-:math:`r \sim \mathrm{Poisson}(e^\tau) + 1` with :math:`\varsigma = 1/2`: mean :math:`\bar r + 1`, a lower median, and a heavy right tail.
-One number a step, the same on every data-parallel worker: the generator is seeded by a constant plus the optimiser step.
+Huginn (arXiv:2502.05171) draws from a log-normal Poisson law, :math:`\tau \sim N(\ln \bar r - \varsigma^2/2,
+\varsigma)`, :math:`r \sim \mathrm{Poisson}(e^\tau) + 1` with :math:`\varsigma = 1/2`: mean :math:`\bar r + 1`, a lower
+median, and a heavy right tail. One number a step, the same on every data-parallel worker: the generator is seeded by a
+constant plus the optimiser step.
 """
 
 import math

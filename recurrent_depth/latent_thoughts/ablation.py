@@ -1,7 +1,7 @@
 """Does a method use its latents? Replace them and see: :class:`SlotAblation`.
 
-Latents are computed as usual, then replaced, and the answer is read off the replaced ones. A method whose accuracy does not drop
-has not used them.
+Latents are computed as usual, then replaced, and the answer is read off the replaced ones. A method whose accuracy does
+not drop has not used them.
 """
 
 from dataclasses import dataclass

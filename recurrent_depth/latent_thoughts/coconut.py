@@ -4,11 +4,13 @@ Layout at a stage with n latents, learned tokens in capitals::
 
     prompt <bot> latent_1 ... latent_n <eot> REMAINING STEPS <ANS> ANSWER <EOS>
 
-Without latents (stage 0, and every stage of ``coconut_no_latents``) there are no markers either: stage 0 is ``cot``, the last stage of
-that control ``direct``. The input of latent j is the hidden state, after the final norm, of the position before it.
+Without latents (stage 0, and every stage of ``coconut_no_latents``) there are no markers either: stage 0 is ``cot``,
+the last stage of that control ``direct``. The input of latent j is the hidden state, after the final norm, of the
+position before it.
 
-n latents take n + 1 passes, each continuing from the state of the one before: prompt and ``<bot>``; latents 1 to n - 1 one by one; latent n
-and everything behind it. Prompts are padded on the left, so that the slots of all rows align. Gradient flows through all passes.
+n latents take n + 1 passes, each continuing from the state of the one before: prompt and ``<bot>``; latents 1 to n - 1
+one by one; latent n and everything behind it. Prompts are padded on the left, so that the slots of all rows align.
+Gradient flows through all passes.
 
 Where no steps remain (the last stage) ``<ans>`` is certain; it is learned, and given when answering, as for ``direct``.
 """
@@ -77,7 +79,8 @@ class LatentReasoner(Reasoner):
 
     Args:
         backbone: the decoder; its vocabulary holds the special tokens.
-        settings: the fields of :class:`Curriculum`, with its defaults; unknown keys raise ``ValueError`` naming close ones.
+        settings: the fields of :class:`Curriculum`, with its defaults; unknown keys raise ``ValueError`` naming close
+            ones.
     """
 
     writer: ClassVar[SlotWriter]
@@ -87,7 +90,9 @@ class LatentReasoner(Reasoner):
         super().__init__(backbone, asdict(curriculum))
         self.curriculum = curriculum
         if backbone.config.vocab_size < SPECIAL.count:
-            raise ValueError(f"backbone: vocab_size {backbone.config.vocab_size} has no room for the {SPECIAL.count} special tokens")
+            raise ValueError(
+                f"backbone: vocab_size {backbone.config.vocab_size} has no room for the {SPECIAL.count} special tokens"
+            )
 
     def phases(self) -> tuple[Phase, ...]:
         return self.curriculum.phases()
@@ -95,7 +100,8 @@ class LatentReasoner(Reasoner):
     # -- thinking ----------------------------------------------------------------------------------------------------
 
     def think(self, prompts: PromptBatch, latents: int) -> Thoughts:
-        """Passes 1 .. n of a sequential writer: read prompt and ``<bot>``, then one slot a pass; latent n itself is not read yet.
+        """Passes 1 .. n of a sequential writer: read prompt and ``<bot>``, then one slot a pass; latent n itself is not
+        read yet.
 
         Raises ``ValueError`` for n below 1.
         """
@@ -110,8 +116,8 @@ class LatentReasoner(Reasoner):
         return Thoughts(torch.cat(written, 1), state, start.mask.sum(1))
 
     def read_on(self, thoughts: Thoughts, ids: Tensor, mask: Tensor) -> tuple[Tensor, ModelState]:
-        """The last pass: latent n and the tokens ``ids [B, S]`` behind it (``mask``: real ones). Hidden states ``[B, 1 + S, D]`` after the
-        final norm, the first at latent n, and the state."""
+        """The last pass: latent n and the tokens ``ids [B, S]`` behind it (``mask``: real ones). Hidden states ``[B, 1
+        + S, D]`` after the final norm, the first at latent n, and the state."""
         embeds = torch.cat([thoughts.latents[:, -1:], self.backbone.embed(ids)], 1)
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
         return self.backbone.model(inputs_embeds=embeds, attention_mask=mask, state=thoughts.state)
@@ -119,9 +125,12 @@ class LatentReasoner(Reasoner):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
-        """Next-token loss on remaining steps, ``<ans>``, answer and ``<eos>`` at the stage of ``ctx.phase.knobs["stage"]``."""
+        """Next-token loss on remaining steps, ``<ans>``, answer and ``<eos>`` at the stage of
+        ``ctx.phase.knobs["stage"]``."""
         if "stage" not in ctx.phase.knobs:
-            raise ValueError(f"phase.knobs: {dict(ctx.phase.knobs)} given, expected a 'stage'; train through this method's phases()")
+            raise ValueError(
+                f"phase.knobs: {dict(ctx.phase.knobs)} given, expected a 'stage'; train through this method's phases()"
+            )
         stage = self.curriculum.check_stage(ctx.phase.knobs["stage"])
         groups = self._by_stage(batch, stage, ctx)
         losses, flops, weights = zip(*(self._stage_loss(rows, k) for k, rows in groups), strict=True)
@@ -172,11 +181,11 @@ class LatentReasoner(Reasoner):
     ) -> AnswerOutput:
         """Think in the slots of the last stage, then decode greedily.
 
-        Knobs: ``stage`` (its layout; default the last), ``latents`` (slots; default the stage's), ``ablation`` (a kind of
-        :class:`SlotAblation`; its noise comes from ``generator`` or a fixed one).
+        Knobs: ``stage`` (its layout; default the last), ``latents`` (slots; default the stage's), ``ablation`` (a kind
+        of :class:`SlotAblation`; its noise comes from ``generator`` or a fixed one).
 
-        ``sequential_passes``: n + 1 up to the first token of a sequential writer, else 1, and one for each further token. An ablation adds
-        the passes in which the replaced latents were computed.
+        ``sequential_passes``: n + 1 up to the first token of a sequential writer, else 1, and one for each further
+        token. An ablation adds the passes in which the replaced latents were computed.
         """
         check_keys("limits.knobs", limits.knobs, ("stage", "latents", "ablation"))
         stage = self.curriculum.check_stage(limits.knobs.get("stage", self.curriculum.last_stage))
@@ -186,7 +195,9 @@ class LatentReasoner(Reasoner):
         ablation = limits.knobs.get("ablation")
         ablation = None if ablation is None else read_value("limits.knobs: ablation", SlotAblation, ablation)
         if ablation is not None and not (slots and self.writer.sequential):
-            raise ValueError(f"limits.knobs: ablation {ablation.kind!r} given, but {self.method!r} computes no latents here")
+            raise ValueError(
+                f"limits.knobs: ablation {ablation.kind!r} given, but {self.method!r} computes no latents here"
+            )
 
         writes = self.curriculum.writes_text(stage)
         given = [] if writes else [constant(prompts.ids, SPECIAL.ans)]
@@ -227,7 +238,8 @@ class LatentReasoner(Reasoner):
 
     @torch.no_grad()
     def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
-        """Hidden states at the slots of the last stage: ``hidden [n, layers, B, 1, D]``, one step a slot, after each chosen block.
+        """Hidden states at the slots of the last stage: ``hidden [n, layers, B, 1, D]``, one step a slot, after each
+        chosen block.
 
         Raises ``ValueError`` for a method without slots or a block that does not exist.
         """
@@ -236,10 +248,12 @@ class LatentReasoner(Reasoner):
             raise ValueError(f"trace: {self.method!r} has no latent slots to record")
         blocks = range(len(self.backbone.model.layers)) if sites.blocks is None else sites.blocks
         if outside := [b for b in blocks if not 0 <= b < len(self.backbone.model.layers)]:
-            raise ValueError(f"sites.blocks: {outside} given, but the backbone has {len(self.backbone.model.layers)} blocks")
+            raise ValueError(
+                f"sites.blocks: {outside} given, but the backbone has {len(self.backbone.model.layers)} blocks"
+            )
         latents = self.think(prompts, slots).latents if self.writer.sequential else None
         embeds, mask = self._filled(prompts, latents, slots)
-        context = SequenceContext.build(*mask.shape, mask.device, attention_mask=mask)
+        context = SequenceContext.build(mask.shape[0], mask.shape[1], mask.device, attention_mask=mask)
         hidden, recorded = embeds, []
         for block in range(len(self.backbone.model.layers)):
             hidden, _ = self.backbone.run(hidden, context, slice(block, block + 1))
@@ -256,7 +270,8 @@ class LatentReasoner(Reasoner):
         return self.writer.slots(self.curriculum.latents(stage))
 
     def _opening(self, prompts: PromptBatch, slots: int) -> list[Segment] | None:
-        """What stands before the written part, as tokens; ``None`` when the slots must be computed one after another."""
+        """What stands before the written part, as tokens; ``None`` when the slots must be computed one after
+        another."""
         if not slots:
             return [prompt(prompts)]
         if self.writer.sequential:
@@ -273,7 +288,8 @@ class LatentReasoner(Reasoner):
         return embeds, row.mask
 
     def _reread(self, prompts: PromptBatch, latents: Tensor) -> Thoughts:
-        """Thoughts as they stand when the slots hold the given latents: everything but the last one read in one pass."""
+        """Thoughts as they stand when the slots hold the given latents: everything but the last one read in one
+        pass."""
         embeds, mask = self._filled(prompts, latents, latents.shape[1])
         _, state = self.backbone.model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
         return Thoughts(latents, state, mask.sum(1) - latents.shape[1])

@@ -1,10 +1,11 @@
 r"""From written steps to latent slots, stage by stage: :class:`Curriculum` (arXiv:2412.06769).
 
-At stage k the first k · ``steps_per_stage`` steps of the chain are left out and k · c latents stand in their place. Stage 0 is ordinary
-chain of thought. After the last latent stage one more stage may drop whatever text is left, with the latents of the stage before.
+At stage k the first k · ``steps_per_stage`` steps of the chain are left out and k · c latents stand in their place.
+Stage 0 is ordinary chain of thought. After the last latent stage one more stage may drop whatever text is left, with
+the latents of the stage before.
 
-The number of latents is a function of the stage alone. An example whose chain is shorter than k steps gets as many as every other, in
-training and in answering, so the count can not tell how long the right chain is.
+The number of latents is a function of the stage alone. An example whose chain is shorter than k steps gets as many as
+every other, in training and in answering, so the count can not tell how long the right chain is.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ class Curriculum:
         max_stage: K, last stage that adds latents; 6 (GSM8K: 3).
         final_stage: whether stage K + 1 drops all text.
         epochs_per_stage: of every stage but the last; 5 (GSM8K: 3).
-        total_epochs: the last stage takes what the others leave, as in the release, where the stage is the epoch divided by
-            ``epochs_per_stage``, at most the last; ``None`` = the last stage is as long as the others.
+        total_epochs: the last stage takes what the others leave, as in the release, where the stage is the epoch
+            divided by ``epochs_per_stage``, at most the last; ``None`` = the last stage is as long as the others.
         pad_to_max: every stage from 1 on has K · c latents.
-        mix_probability: chance that an example trains at a stage drawn uniformly from 0..k instead of k; 0 (0.3 in the paper's
-            planning analysis).
+        mix_probability: chance that an example trains at a stage drawn uniformly from 0..k instead of k; 0 (0.3 in the
+            paper's planning analysis).
 
     Raises:
         ValueError: a count out of range, or ``total_epochs`` that leave the last stage nothing.

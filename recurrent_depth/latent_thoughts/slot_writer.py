@@ -1,8 +1,8 @@
 r"""Who writes the input vector of a latent slot: :class:`SlotWriter`.
 
-Coconut (arXiv:2412.06769) feeds the last hidden state, after the final norm, of the position before the slot. Its two controls
-leave everything else as it is: ``pause`` puts one learned token into every slot, ``nothing`` has no slots at all, so that only
-the curriculum is left.
+Coconut (arXiv:2412.06769) feeds the last hidden state, after the final norm, of the position before the slot. Its two
+controls leave everything else as it is: ``pause`` puts one learned token into every slot, ``nothing`` has no slots at
+all, so that only the curriculum is left.
 """
 
 from dataclasses import dataclass
