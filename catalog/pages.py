@@ -27,7 +27,7 @@ _SPECIAL = re.compile(r"[^\w\s.,;:()'/?%@-]|_", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]+")
 
 STATUS_MEANING = {
-    "listed": "The leaf was taken over from the section of a published paper list and has not been checked by a person.",
+    "listed": "The leaf was taken over from a published paper list and has not been checked by a person.",
     "proposed": "The leaf was proposed by a program and has not been checked by a person.",
     "reviewed": "A person has read the entry and confirmed the leaf.",
 }
@@ -63,9 +63,7 @@ def escape_block(text: str) -> Markup:
     """As :func:`escape`, with line breaks and indentation kept: for the inside of ``<pre>``."""
     # A blank line would end the HTML block for some Markdown parsers.
     lines = (_CONTROL.sub(" ", line.expandtabs(2)).rstrip() for line in text.strip().splitlines())
-    return Markup("\n").join(
-        Markup(_SPECIAL.sub(_entity, line).replace("'", "&#39;")) for line in lines if line
-    )
+    return Markup("\n").join(Markup(_SPECIAL.sub(_entity, line).replace("'", "&#39;")) for line in lines if line)
 
 
 class Option(NamedTuple):
@@ -136,7 +134,7 @@ class _Pages:
         self.env.globals.update(
             tree=tree, leaves=tree.leaves, branch_of={leaf.slug: b for b in tree.branches for leaf in b.leaves},
             status_meaning=STATUS_MEANING, link_names=LINK_NAMES, topic_href=_topic_href, byline=_byline,
-            venue_text=_venue_text, total=len(self.records), keys={record.key for record in self.records},
+            venue_text=_venue_text, share=_share, total=len(self.records), keys={record.key for record in self.records},
         )  # fmt: skip
         self.in_leaf: dict[str, list[Record]] = {slug: [] for slug in tree.leaves}
         for record in self.records:
@@ -163,7 +161,7 @@ class _Pages:
     def index(self) -> str:
         front = {
             "heading": "Papers",
-            "description": f"{len(self.records)} papers on latent reasoning, to be filtered by topic, mechanism, year and venue",
+            "description": f"{len(self.records)} papers on latent reasoning, by topic, mechanism, year and venue",
             "hide": ["navigation", "toc"],
             "scripts": ["assets/papers.js"],
             "search": {"exclude": True},
@@ -208,7 +206,7 @@ class _Pages:
         return sum(not slugs.isdisjoint(record.leaves) for record in self.records)
 
     def taxonomy(self) -> str:
-        front = {"heading": "Taxonomy", "description": "The topics under which papers are filed, with their definitions"}
+        front = {"heading": "Taxonomy", "description": "The topics under which papers are filed, and their definitions"}
         counts = {slug: len(found) for slug, found in self.in_leaf.items()}
         return self._render("taxonomy.md.j2", front, counts=counts, in_branch=self._in_branch)
 
@@ -216,17 +214,17 @@ class _Pages:
         front = {
             "heading": branch.name,
             "description": f"Latent reasoning papers: {escape(branch.name)}",
-            "hide": ["toc"],
+            "hide": ["navigation", "toc"],
         }
         counts = {leaf.slug: len(self.in_leaf[leaf.slug]) for leaf in branch.leaves}
         return self._render("branch.md.j2", front, branch=branch, counts=counts, found=self._in_branch(branch))
 
     def leaf(self, branch: Branch, leaf: Leaf) -> str:
-        front = {"heading": leaf.name, "description": str(escape(leaf.definition)), "hide": ["toc"]}
+        front = {"heading": leaf.name, "description": str(escape(leaf.definition)), "hide": ["navigation", "toc"]}
         return self._render("leaf.md.j2", front, branch=branch, leaf=leaf, records=self.in_leaf[leaf.slug])
 
     def statistics(self) -> str:
-        front = {"heading": "Statistics", "description": "How many papers the catalog holds, by topic, year, source and status"}
+        front = {"heading": "Statistics", "description": "Number of papers by topic, year, source and status"}
         records = self.records
         years = Counter(str(record.year) if record.year else "unknown" for record in records)
         sources = Counter(source for record in records for source in sorted({entry.source for entry in record.sources}))
@@ -254,7 +252,7 @@ class _Pages:
             "heading": clean(record.title),
             "description": str(escape(f"{record.title}: a paper on latent reasoning filed under {definition}")),
             "tags": [self.tree.leaves[slug].name for slug in record.leaves],
-            "hide": ["toc", "tags"],
+            "hide": ["navigation", "toc", "tags"],
             "scripts": ["assets/cite.js"],
             "citation": _citation(record),
             "jsonld": _json_ld(record),
@@ -281,7 +279,8 @@ class _Pages:
     def _correction(self, record: Record) -> str | None:
         if not self.links.corrections_url:
             return None
-        query = {"title": f"Correction: {record.key}", "body": f"Record {record.key}\n\nWhat is wrong:\n\nWhat is right, and where it says so:\n"}
+        body = f"Record {record.key}\n\nWhat is wrong:\n\nWhat is right, and where it says so:\n"
+        query = {"title": f"Correction: {record.key}", "body": body}
         return f"{self.links.corrections_url}?{urlencode(query, quote_via=quote)}"
 
 
@@ -329,6 +328,11 @@ def _venue_text(record: Record) -> str | None:
         return None
     text = f"{venue.name} {venue.year}" if venue.year else venue.name
     return f"{text} ({venue.track})" if venue.track and venue.track != "main" else text
+
+
+def _share(count: int, whole: int) -> str:
+    percent = 100 * count / whole if whole else 0.0
+    return "< 1 %" if 0 < percent < 1 else f"{percent:.0f} %"
 
 
 def _front_matter(front: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from latentcot import site_pages
-from latentcot.site_notebooks import NotebookError, NotebookMode, render_notebooks
+from latentcot.site_notebooks import NotebookError, NotebookMode, RenderedNotebook, render_notebooks
 
 MARKER = ".latentcot-site"
 DEFAULT_RESULTS = Path("out/quickstart")
@@ -49,7 +49,7 @@ def checkout_root() -> Path:
     """The checkout this package is imported from; raises :class:`SiteError` for an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "mkdocs.yml").is_file() or not (root / "docs" / "index.md").is_file():
-        raise SiteError(f"the site is built from a checkout of the project, and {root} is not one (no mkdocs.yml and docs/)")
+        raise SiteError(f"the site is built from a checkout of the project; {root} has no mkdocs.yml and docs/")
     return root
 
 
@@ -60,6 +60,7 @@ def build_site(
     results: Path | None = None,
     strict: bool = True,
     work: Path | None = None,
+    records: Sequence[Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> SiteReport:
     """Build the whole site into ``output``.
@@ -72,6 +73,7 @@ def build_site(
         results: folder that a comparison wrote, shown on the results page; default ``out/quickstart`` of the checkout.
         strict: a warning of MkDocs or of a plugin is an error.
         work: folder for the source tree and the rendered notebooks; default ``build`` of the checkout.
+        records: the papers to show; default the records of the catalog.
         say: receives one line for each step.
 
     Raises:
@@ -91,11 +93,11 @@ def build_site(
         raise SiteError(str(error)) from None
     say("writing pages")
     settings = _settings(root)
-    pages = _collect(root, settings, rendered, root / DEFAULT_RESULTS if results is None else results)
+    pages = _collect(root, settings, rendered, root / DEFAULT_RESULTS if results is None else results, records)
     source = work / "site-src"
     _write_tree(root / "docs", pages, source)
     say(f"building {sum(name.endswith('.md') for name in pages)} pages")
-    warnings = _run_mkdocs(root, source, output, _navigation(settings["nav"], pages, rendered), strict)
+    warnings = _run_mkdocs(root, source, output, _navigation(settings["nav"], pages, rendered), strict, say)
     count = sum(1 for _ in output.rglob("*.html"))
     return SiteReport(output, count, time.monotonic() - started, tuple(warnings))
 
@@ -129,7 +131,9 @@ def _settings(root: Path) -> dict[str, Any]:
         return yaml_load(file)
 
 
-def _collect(root: Path, settings: dict[str, Any], rendered: list[Any], results: Path) -> dict[str, str | bytes]:
+def _collect(
+    root: Path, settings: dict[str, Any], rendered: list[RenderedNotebook], results: Path, records: Sequence[Any] | None
+) -> dict[str, str | bytes]:
     """Every generated page: ``{path below the source tree: content}``."""
     from latentcot.catalog.leaves import load_facets, load_taxonomy
     from latentcot.catalog.pages import SiteLinks, paper_pages
@@ -152,7 +156,7 @@ def _collect(root: Path, settings: dict[str, Any], rendered: list[Any], results:
 
     links = SiteLinks(_bibtex(), module_page, notebook_page, (settings.get("extra") or {}).get("corrections_url"))
     try:
-        pages.update(paper_pages(load_records(), load_taxonomy(), load_facets(), links))
+        pages.update(paper_pages(load_records() if records is None else records, load_taxonomy(), load_facets(), links))
     except (CatalogError, ValueError) as error:
         raise SiteError(f"catalog: {error}") from None
     return pages
@@ -211,7 +215,7 @@ def _swap(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _navigation(nav: list[Any], pages: dict[str, str | bytes], rendered: list[Any]) -> list[Any]:
+def _navigation(nav: list[Any], pages: dict[str, str | bytes], rendered: list[RenderedNotebook]) -> list[Any]:
     """The navigation of ``mkdocs.yml`` with the notebooks and the API pages added to their sections."""
     more = {
         "Learn": [{notebook.title: f"learn/{notebook.name}/index.md"} for notebook in rendered],
@@ -237,7 +241,9 @@ class _Collector(logging.Handler):
         self.lines.append(" ".join(record.getMessage().split()))
 
 
-def _run_mkdocs(root: Path, source: Path, output: Path, nav: list[Any], strict: bool) -> list[str]:
+def _run_mkdocs(
+    root: Path, source: Path, output: Path, nav: list[Any], strict: bool, say: Callable[[str], None]
+) -> list[str]:
     # Material prints an announcement about MkDocs 2 on import; this project pins MkDocs below 2.
     os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
     from mkdocs.commands.build import build
@@ -250,9 +256,7 @@ def _run_mkdocs(root: Path, source: Path, output: Path, nav: list[Any], strict: 
     new = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     logger.addHandler(collector)
     try:
-        config = load_config(
-            str(root / "mkdocs.yml"), docs_dir=str(source), site_dir=str(new), nav=nav, strict=strict
-        )
+        config = load_config(str(root / "mkdocs.yml"), docs_dir=str(source), site_dir=str(new), nav=nav, strict=strict)
         config.plugins.run_event("startup", command="build", dirty=False)
         try:
             build(config)
@@ -260,6 +264,8 @@ def _run_mkdocs(root: Path, source: Path, output: Path, nav: list[Any], strict: 
             config.plugins.run_event("shutdown")
     except (MkDocsException, SystemExit) as error:
         found = collector.lines or [" ".join(str(error).split())]
+        for line in found[1:]:
+            say(line)
         shutil.rmtree(new, ignore_errors=True)
         raise SiteError(f"mkdocs: {len(found)} problem(s), the first: {found[0]}") from None
     except BaseException:
@@ -295,10 +301,10 @@ def serve(folder: Path, port: int) -> None:
 def site(
     output: Annotated[Path, typer.Option("--output", help="Folder of the finished site.")] = Path("site"),
     notebooks: Annotated[
-        str, typer.Option("--notebooks", help="'execute' runs them once and keeps the result, 'source' shows them unrun, 'none' leaves them out.")
+        str, typer.Option("--notebooks", help="execute (kept until they change), source (shown unrun) or none.")
     ] = "execute",
     results: Annotated[
-        Path | None, typer.Option("--results", help="Folder that `latentcot compare` wrote.", show_default="out/quickstart")
+        Path | None, typer.Option(help="Folder that `latentcot compare` wrote.", show_default="out/quickstart")
     ] = None,
     serve_: Annotated[bool, typer.Option("--serve", help="Serve the site on this machine when it is built.")] = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port for --serve.")] = 8000,

@@ -18,6 +18,7 @@ from latentcot import __version__
 
 NotebookMode = Literal["execute", "source", "none"]
 TIMEOUT_S = 1200
+_FIGURE = "Figure of this notebook; the text around it says what it shows"
 
 
 class NotebookError(RuntimeError):
@@ -116,11 +117,13 @@ def _convert(path: Path, mode: NotebookMode) -> tuple[str, dict[str, bytes]]:
     config = Config()
     config.NbConvertBase.display_data_priority = ["image/png", "text/markdown", "text/plain"]
     exporter = MarkdownExporter(config=config)
-    body, resources = exporter.from_notebook_node(notebook, resources={"unique_key": path.stem, "output_files_dir": "."})
+    body, resources = exporter.from_notebook_node(
+        notebook, resources={"unique_key": path.stem, "output_files_dir": "."}
+    )
     figures = {Path(name).name: data for name, data in resources.get("outputs", {}).items()}
-    for name in figures:  # the exporter names every figure "png"; a reader who cannot see it is told where it belongs
-        body = body.replace(f"![png](./{name})", f"![Figure of this notebook; the text around it says what it shows]({name})")
-        body = body.replace(f"![png]({name})", f"![Figure of this notebook; the text around it says what it shows]({name})")
+    for name in figures:  # the exporter calls every figure "png"; a reader who cannot see it is told where to look
+        for path_written in (f"./{name}", name):
+            body = body.replace(f"![png]({path_written})", f"![{_FIGURE}]({name})")
     return body, figures
 
 
@@ -128,14 +131,23 @@ def _execute(notebook: Any, path: Path) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    where = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, timeout=TIMEOUT_S, startup_timeout=180, kernel_name="python3", resources=where)
     # The kernel of this interpreter, whatever a kernel specification of the user says.
     client.create_kernel_manager()
     assert client.km is not None
+    assert client.km.kernel_spec is not None
     client.km.kernel_spec.argv[0] = sys.executable
+    sockets = tempfile.mkdtemp(prefix="latentcot-")
+    if os.name == "posix":  # sockets in the file system: no port is opened that another user of the machine could read
+        client.km.transport = "ipc"
+        client.km.ip = os.path.join(sockets, "k")
     try:
         client.execute(env={**os.environ, "QUICK": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     except CellExecutionError as error:
-        raise NotebookError(f"{path.name}: a cell raised {error.ename}: {str(error.evalue).splitlines()[0] if error.evalue else ''}") from None
-    except (CellTimeoutError, DeadKernelError) as error:
+        message = (str(error.evalue).splitlines() or [""])[0]
+        raise NotebookError(f"{path.name}: a cell raised {error.ename}: {message}") from None
+    except (CellTimeoutError, DeadKernelError, RuntimeError) as error:  # RuntimeError: the kernel never answered
         raise NotebookError(f"{path.name}: {str(error).splitlines()[0]}") from None
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)

@@ -166,11 +166,16 @@ def _option_row(param: Any) -> str:
 def notebook_pages(notebooks: list[RenderedNotebook]) -> dict[str, str | bytes]:
     """The notebooks and the page that lists them: ``{path: content}``."""
     pages: dict[str, str | bytes] = {}
-    lines = ["# Learn", "", "Tutorials are notebooks. They run on a laptop's CPU in minutes, and the tests run them from top to bottom.", ""]
+    lines = [
+        "# Learn",
+        "",
+        "Tutorials are notebooks: they run on a laptop's CPU, and the tests run them from top to bottom.",
+        "",
+    ]
     for notebook in notebooks:
         lines.append(f"- [{escape_markdown(notebook.title)}]({notebook.name}/index.md)")
         executed = not notebook.folder.name.endswith("-source")
-        how = "with `QUICK=1`, as the tests run it" if executed else "shown without outputs: this copy of the site was built without running it"
+        how = "run with `QUICK=1`, as the tests do" if executed else "shown without outputs, not run for this copy"
         note = f"[Download this notebook]({notebook.source.name}) · {how}. `make lab` opens it for you to change."
         body = (notebook.folder / "page.md").read_text(encoding="utf-8")
         pages[f"learn/{notebook.name}/index.md"] = _after_title(body, note)
@@ -179,7 +184,7 @@ def notebook_pages(notebooks: list[RenderedNotebook]) -> dict[str, str | bytes]:
             if figure.name != "page.md":
                 pages[f"learn/{notebook.name}/{figure.name}"] = figure.read_bytes()
     if not notebooks:
-        lines.append("This copy of the site was built without notebooks. They lie in `notebooks/` of the checkout; `make lab` opens them.")
+        lines.append("This copy of the site was built without notebooks; `make lab` opens those of a checkout.")
     pages["learn/index.md"] = "\n".join(lines) + "\n"
     return pages
 
@@ -195,8 +200,8 @@ def _after_title(body: str, note: str) -> str:
 def results_pages(results: Path | None) -> dict[str, str | bytes]:
     """The page of the quick comparison, with its plots and report when there are any: ``{path: content}``.
 
-    ``results`` is the folder that ``latentcot compare`` wrote. Its names are not trusted to be tidy: plots are every PNG
-    below it, the report is ``report.html``, the numbers ``results.json``.
+    ``results`` is the folder that ``latentcot compare`` wrote: the report is ``report.html``, the numbers
+    ``results.json``, the plots every PNG below it.
     """
     title = "# Results"
     if results is None or not results.is_dir():
@@ -207,7 +212,12 @@ def results_pages(results: Path | None) -> dict[str, str | bytes]:
     if not present and not plots:
         return {"results/index.md": f"{title}\n\n{_NO_RESULTS}\n"}
     pages: dict[str, str | bytes] = {f"results/{name}": path.read_bytes() for name, path in present.items()}
-    lines = [title, "", "The comparison that was last run in this checkout: the same backbone, task and budget for every method, controls included.", ""]
+    lines = [
+        title,
+        "",
+        "The comparison last run in this checkout: one backbone, one task and one budget for all methods.",
+        "",
+    ]
     links = [f"[{name}]({name})" for name in present]
     if links:
         lines += ["Files: " + " · ".join(links), ""]
@@ -232,6 +242,6 @@ def home_figure(pages: dict[str, str | bytes]) -> str:
 
 
 _NO_RESULTS = (
-    "This copy of the site was built before a comparison was run. `make quickstart` runs the quick one on a CPU in minutes, "
+    "This copy of the site was built before a comparison was run. `make quickstart` runs the quick one on a CPU, "
     "or `latentcot compare quickstart` by itself; then `make site` shows its table and plots here."
 )
