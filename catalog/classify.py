@@ -37,12 +37,12 @@ def section_leaf(source: str, section: tuple[str, ...], rules: dict) -> tuple[st
     return None
 
 
-def title_leaf(title: str, rules: dict) -> str:
-    """The leaf that the first matching title rule names, else the default."""
+def title_leaf(title: str, rules: dict, branch: str = "") -> str | None:
+    """The leaf that the first matching title rule names, of all rules or of those whose leaf is in ``branch``."""
     for rule in rules["title_rules"]:
-        if _compiled(rule["pattern"]).search(title):
+        if rule["leaf"].startswith(branch) and _compiled(rule["pattern"]).search(title):
             return rule["leaf"]
-    return rules["title_default"]
+    return None
 
 
 def classify(key: str, title: str, rows: tuple[Row, ...], rules: dict) -> tuple[Taxonomy, list[str]]:
@@ -56,11 +56,11 @@ def classify(key: str, title: str, rows: tuple[Row, ...], rules: dict) -> tuple[
         if found is None:
             continue
         leaf, status = found
-        by_title = title_leaf(title, rules)
-        if listing.section[-1] == "Applications and Future Directions" and by_title == "beyond/multimodal":
-            leaf = by_title  # the mapping sends it there "where the title says so"
-        if listing.section[-1] == "Analysis and Interpretability" and by_title.startswith("mechanisms/"):
-            leaf = by_title
+        if listing.section[-1] == "Applications and Future Directions":
+            # The mapping sends such a paper to another leaf where its title says so.
+            leaf = title_leaf(title, rules, "beyond/multimodal") or leaf
+        if listing.section[-1] == "Analysis and Interpretability":
+            leaf = title_leaf(title, rules, "mechanisms/") or leaf
         (listed if status == "listed" else hinted).append(leaf)
     seed_leaf = next((rule["leaf"] for rule in rules["seed_leaves"] if rule["key"] == key), None)
     branch = load_taxonomy().branch_of
@@ -70,7 +70,7 @@ def classify(key: str, title: str, rows: tuple[Row, ...], rules: dict) -> tuple[
     elif seed_leaf:
         leaves, status = [seed_leaf], "proposed"
     else:
-        leaves, status = hinted or [title_leaf(title, rules)], "proposed"
+        leaves, status = hinted or [title_leaf(title, rules) or rules["title_default"]], "proposed"
     for rule in rules["extra_leaves"]:
         if rule["key"] == key:
             leaves = leaves + rule["also"]

@@ -44,7 +44,8 @@ _BM25 = {
     "plain": "bm25(plain, 10.0, 5.0, 2.0, 2.0, 4.0)",
     "pieces": "bm25(pieces)",
 }
-_PREFIX_FACTOR, _PIECE_FACTOR, _PHRASE_BONUS, _TITLE_BONUS = 0.4, 0.2, 0.5, 1e3
+_PREFIX_FACTOR, _PIECE_FACTOR, _PHRASE_BONUS = 0.4, 0.2, 0.5
+_TITLE_BONUS, _NAME_BONUS = 1e3, 1e2
 MAX_WORDS, MAX_WORD = 32, 100
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -106,9 +107,13 @@ class SearchIndex:
         by_date = sorted(by_key, key=lambda number: _date(self.records[number]), reverse=True)
         self._order = {number: place for place, number in enumerate(by_date)}
         self._titles: dict[str, list[int]] = {}
+        self._names: dict[str, list[int]] = {}
         for number, record in enumerate(self.records):
             for title in (record.title, *record.other_titles):
                 self._titles.setdefault(normal_title(title), []).append(number)
+                name, colon, _ = title.partition(": ")
+                if colon:
+                    self._names.setdefault(normal_title(name), []).append(number)
 
     def search(
         self, query: str, *, filters: Filters | None = None, sort: Sort = "relevance", limit: int | None = 20
@@ -171,9 +176,11 @@ class SearchIndex:
             self._score(scores, table, " OR ".join(matches), factor)  # bm25 adds up over the words
         if len(words) > 1:
             self._score(scores, "stemmed", _quote(" ".join(words)), _PHRASE_BONUS)
-        for number in self._titles.get(normal_title(text), ()):
-            if number in scores:
-                scores[number] -= _TITLE_BONUS
+        # What was asked for by its whole title, or by the name before the colon, comes first.
+        for table, bonus in ((self._titles, _TITLE_BONUS), (self._names, _NAME_BONUS)):
+            for number in table.get(normal_title(text), ()):
+                if number in scores:
+                    scores[number] -= bonus
         return scores, "all" if most == len(found) else "some"
 
     def _word(self, word: str, *, last: bool) -> tuple[set[int], list[tuple[str, str, float]]]:

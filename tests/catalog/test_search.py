@@ -62,6 +62,14 @@ def test_a_title_finds_its_paper_first():
         assert result.match == "all"
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("soft thinking", "2505.15778"), ("codi", "2502.21074"), ("Mamba", "2312.00752"), ("TITANS", "2501.00663")],
+)
+def test_the_name_of_a_method_finds_its_paper_first(name, key):
+    assert keys(name)[0] == key
+
+
 def test_an_earlier_title_finds_the_paper():
     assert keys("Inheritune smaller yet more attentive")[0] == "2404.08634"
 
