@@ -326,8 +326,8 @@ class Task(ABC):
         level = f"difficulty {lowest}" if lowest == highest else f"difficulties {lowest} to {highest}"
         return (
             f"split: no object of {level} in split {split!r} of {self!r} after {limit} attempts (example {index}); "
-            f"{split!r} holds {_SHARES[split]} in 10 of all objects, so a level with few of them may have none in it: "
-            "choose a larger difficulty, or another data_seed"
+            f"{split!r} holds {_SHARES[split]} in 10 of all objects, so a level with few or rare ones may have none in it: "
+            "choose another difficulty or data_seed (levels() lists what there is)"
         )
 
     def _rows(self, split: Split, indices: Any, difficulty: int | None) -> tuple[Rows, Latents, Integers]:
