@@ -326,7 +326,7 @@ class Task(ABC):
         level = f"difficulty {lowest}" if lowest == highest else f"difficulties {lowest} to {highest}"
         return (
             f"split: no object of {level} in split {split!r} of {self!r} after {limit} attempts (example {index}); "
-            f"{split!r} holds {_SHARES[split]} in 10 of all objects, so a level with few or rare ones may have none in it: "
+            f"{split!r} holds {_SHARES[split]} in 10 of all objects, so a level of few or rare ones may have none: "
             "choose another difficulty or data_seed (levels() lists what there is)"
         )
 
