@@ -108,6 +108,7 @@ def _entry(row: Row, outcome: str, key: str | None, reason: str | None) -> dict[
         "listed_arxiv": row.listed_arxiv,
         "title": row.title,
         "reason": reason,
+        "doubts": list(row.suspect),
     }
 
 
@@ -167,6 +168,9 @@ def markdown(report: Report) -> str:
             ["record", "field", "claims", "taken"],
             [[e["key"], e["field"], _md(e["claims"]), e["chosen"] or "none"] for e in report.conflicts],
         ),
+        "## Doubts about rows\n\n"
+        "As they came with the lists; ids, links and venues are settled above, dates follow the arXiv id.\n",
+        _list(f"{e['row']} ({e['key']}): {_md('; '.join(e['doubts']))}" for e in report.rows if e["doubts"]),
         "## Notes\n",
         _list(f"{e['key']}, {e['field']}: {_md(e['note'])}" for e in report.notes),
         "## Repositories listed for several papers\n",
