@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 from latentcot.catalog.names import split_name
-from latentcot.catalog.record import Record, Venue
+from latentcot.catalog.record import Record
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _ESCAPES = {
@@ -30,9 +30,21 @@ _TRACKS = {
 }
 
 
-def is_confirmed(venue: Venue | None) -> bool:
-    """Whether a venue is certain enough for ``@inproceedings`` or ``@article``."""
-    return venue is not None and venue.year is not None and venue.status in ("accepted", "published")
+def is_confirmed(record: Record) -> bool:
+    """Whether the venue of a record is certain enough for ``@inproceedings`` or ``@article``."""
+    venue = record.venue
+    return venue is not None and venue.status in ("accepted", "published") and venue_year(record) is not None
+
+
+def venue_year(record: Record) -> int | None:
+    """The year of the venue.
+
+    A published paper that is not on arXiv has no date but that of its publication, so that one stands in for it.
+    """
+    venue = record.venue
+    if venue is None or venue.year is not None:
+        return venue.year if venue else None
+    return record.year if venue.status == "published" and record.ids.arxiv is None else None
 
 
 def escape(text: str) -> str:
@@ -83,12 +95,13 @@ def entry(record: Record) -> str:
     if record.authors:
         fields["author"] = " and ".join(author(name) for name in record.author_names)
     venue = record.venue
-    if venue is not None and is_confirmed(venue):
+    if venue is not None and is_confirmed(record):
         kind = "article" if venue.type == "journal" else "inproceedings"
         track = f" {_TRACKS[venue.track]}" if venue.track in _TRACKS else ""
-        name = escape(venue.name) if kind == "article" else escape(f"{venue.name} {venue.year}{track}")
+        year = str(venue_year(record))
+        name = escape(venue.name) if kind == "article" else escape(f"{venue.name} {year}{track}")
         fields["journal" if kind == "article" else "booktitle"] = f"{{{name}}}"
-        fields["year"] = str(venue.year)
+        fields["year"] = year
     elif record.year is not None:
         fields["year"] = str(record.year)
         if record.published is not None and record.published.precision != "year":

@@ -58,7 +58,7 @@ def test_capitals_are_protected(parsed):
 def test_a_preprint_is_misc_with_its_identifiers(parsed):
     record = get("2502.21074")
     fields = parsed.entries[record.citekey].fields
-    assert parsed.entries[record.citekey].type == ("inproceedings" if is_confirmed(record.venue) else "misc")
+    assert parsed.entries[record.citekey].type == ("inproceedings" if is_confirmed(record) else "misc")
     preprint = next(r for r in load_records() if r.ids.arxiv and r.venue is None and r.authors)
     fields = parsed.entries[preprint.citekey].fields
     assert parsed.entries[preprint.citekey].type == "misc"
@@ -84,6 +84,13 @@ def test_only_a_confirmed_venue_makes_proceedings():
     assert "journal = {{TMLR}}" in entry(record.model_copy(update={"venue": journal}))
     findings = entry(get("acl-2023.findings-acl.454"))
     assert "booktitle = {{ACL 2023 Findings}}" in findings
+
+
+def test_a_published_paper_that_is_not_on_arxiv_has_the_year_of_its_publication():
+    text = entry(get("doi-10.1162_neco.1997.9.8.1735"))
+    assert text.startswith("@article{")
+    assert "year = {1997}" in text
+    assert entry(get("2310.10605")).startswith("@misc{")  # on arXiv, and the journal's year is not known
 
 
 def test_a_possible_submission_is_misc():
