@@ -1,0 +1,182 @@
+"""A comparison from the command line: results, resume after a kill, and what bad input gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from latentcot.compare import quickstart, with_options, write_report
+from latentcot.compare.report import claim_sentences, main_table, markdown
+from latentcot.compare.run import check, run_comparison
+from latentcot.compare.summary import Claim, summarise
+from latentcot.compare.worker import make_tasks
+
+ALL = [m.name for m in quickstart().methods]
+
+
+def latentcot(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = "from latentcot.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, dict]:
+    """Every method of the preset, a few steps each, two seeds of nothing but plumbing."""
+    out = tmp_path_factory.mktemp("small")
+    results = run_comparison(with_options(quickstart(), steps=10, items=60), out, seeds=1, jobs=2)
+    write_report(results, out)
+    return out, results
+
+
+def test_results_hold_every_run_and_what_it_cost(small):
+    out, results = small
+    assert results == json.loads((out / "results.json").read_text())
+    assert [run["method"] for run in results["runs"]] == ALL
+    for run in results["runs"]:
+        assert run["training"]["steps"] == 10
+        assert run["training"]["examples"] == 10 * quickstart().batch_size
+        assert run["training"]["flops"] > 0
+        assert run["parameters"] > 1000
+        for score in run["evaluation"]["by_difficulty"]:
+            assert 0 <= score["accuracy"] <= 1
+            assert score["sequential_passes"] >= 1
+            assert score["flops"] > 0
+    assert [s["difficulty"] for s in results["runs"][0]["evaluation"]["by_difficulty"]] == list(range(2, 17))
+
+
+def test_every_method_starts_from_the_same_backbone_and_sees_the_same_examples(small):
+    _, results = small
+    identities = [{k: v for k, v in run["identity"].items() if k != "method"} for run in results["runs"]]
+    assert all(i == identities[0] for i in identities)
+    counts = {run["method"]: run["parameters"] for run in results["runs"]}
+    assert counts["direct"] == counts["cot"] == counts["coconut"] == counts["coconut_no_latents"] == counts["coconut_pause"] == counts["masked_diffusion"]
+
+
+def test_the_report_is_one_file_with_table_pictures_and_claims(small):
+    out, results = small
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page and "https://" not in page
+    for name in ALL:
+        assert name in page
+    assert sorted(p.name for p in (out / "plots").iterdir()) == ["accuracy.png", "cost.png", "loss.png"]
+    table = (out / "table.md").read_text()
+    assert table == markdown(results)
+    assert "chance" in table and "heuristic" in table
+    assert not list(out.rglob("*.tmp*"))
+
+
+def test_claims_are_read_off_the_table(small):
+    _, results = small
+    rows = {row.method: row for row in summarise(results)}
+    sentences = claim_sentences(results)
+    assert sum("coconut " in s and "coconut_pause" in s for s in sentences) == 1
+    for cells in main_table(results):
+        assert float(cells["longest"]) == pytest.approx(rows[cells["method"]].longest, abs=5e-4)
+    assert Claim("a", "b", 0.05, 0.02).verdict == "above"
+    assert Claim("a", "b", -0.05, 0.02).verdict == "below"
+    assert Claim("a", "b", 0.03, 0.02).verdict == "not told apart"
+
+
+def test_a_finished_comparison_runs_nothing_again(small):
+    out, results = small
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("result.json")}
+    again = run_comparison(with_options(quickstart(), steps=10, items=60), out, seeds=1, jobs=2)
+    assert again["runs"] == results["runs"]
+    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("result.json")}
+
+
+def test_a_result_of_another_configuration_or_a_damaged_one_is_refused(small, tmp_path):
+    import shutil
+
+    out, _ = small
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    before = (copy / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="another configuration"):
+        run_comparison(with_options(quickstart(), steps=11, items=60), copy, seeds=1, jobs=2)
+    broken = copy / "runs" / "direct-seed0" / "result.json"
+    broken.write_text(broken.read_text()[:100])
+    done = latentcot("compare", "quickstart", "--steps", "10", "--items", "60", "--out", str(copy), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (copy / "results.json").read_bytes() == before
+
+
+def test_a_killed_comparison_continues_where_it_was(tmp_path):
+    """SIGKILL of the whole process group in the middle of training; the second call resumes from the checkpoint."""
+    arguments = ["compare", "quickstart", "--methods", "direct", "--steps", "230", "--items", "30", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", "from latentcot.cli import main; main()", *arguments]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = tmp_path / "out" / "runs" / "direct-seed0" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)  # waits for the checkpoint at step 200, nothing is measured
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "out" / "results.json").exists()
+    done = latentcot(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
+    whole = run_comparison(with_options(quickstart(), steps=230, items=30, methods=["direct"]), tmp_path / "whole", jobs=1)["runs"][0]
+    assert [h["loss"] for h in resumed["training"]["history"]] == [h["loss"] for h in whole["training"]["history"]]
+    assert [s["correct"] for s in resumed["evaluation"]["by_difficulty"]] == [s["correct"] for s in whole["evaluation"]["by_difficulty"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "slowstart"], "unknown preset 'slowstart'"),
+        (["compare", "quickstart", "--methods", "cott"], "did you mean 'cot'"),
+        (["compare", "quickstart", "--methods", "cot,cot"], "named twice"),
+        (["compare", "quickstart", "--methods", ""], "at least one"),
+        (["compare", "quickstart", "--task", "gruop"], "group"),
+        (["compare", "quickstart", "--seeds", "0"], "seeds"),
+        (["compare", "quickstart", "--steps", "0"], "steps"),
+        (["compare", "quickstart", "--nothing"], "nothing"),
+        (["tasks", "chian"], "chain"),
+        (["tasks", "group", "--split", "dev"], "split"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    done = latentcot(*arguments, *(["--out", "out"] if arguments[0] == "compare" else []), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(tmp_path):
+    folder = tmp_path / "out" / "runs" / "direct-seed0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
+    done = latentcot("compare", "quickstart", "--methods", "direct", "--steps", "5", "--out", str(tmp_path / "out"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert [p.name for p in folder.iterdir()] == ["checkpoint.safetensors"]
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_settings_that_do_not_fit_are_found_before_anything_runs():
+    from dataclasses import replace
+
+    from latentcot.compare import MethodSpec
+
+    comparison = quickstart()
+    with pytest.raises(ValueError, match="core"):
+        check(replace(comparison, methods=(MethodSpec("depth_recurrence", "latent", {"prelude": 9, "core": 0, "coda": 0}),)))
+
+
+def test_training_and_evaluation_tasks_share_splits():
+    training, evaluation = make_tasks(quickstart())
+    assert training.config.max_difficulty == 9
+    assert evaluation.config.max_difficulty == 16
+    example = training.example("train", 5)
+    assert evaluation.split_of(example) == "train"
