@@ -1,9 +1,10 @@
-"""Operators: gated scan, decay attention and delta rule, each step by step, chunk-parallel and (so far the scan) in Triton.
+"""Operators: gated scan, decay attention, delta rule, and the short convolution and L2 norm around them.
 
-Three families serve the linear token mixers of the library (the table and the equations are in ``README.md`` beside this
-file): :func:`gated_scan`, :func:`decay_attention` and :func:`delta_rule`, with :func:`short_convolution` and
-:func:`l2_norm` around them. Shape letters: B batch, S sequence, D width, H heads, K key width, V value width,
-C chunk, R reflections, W window, N sequences (= B unless ``cu_seqlens`` packs them into one row).
+Three families serve the linear token mixers of the library: :func:`gated_scan`, :func:`decay_attention` and
+:func:`delta_rule`. Each exists step by step (the definition) and chunk-parallel in PyTorch, the scan in Triton too;
+equations and a table of the back ends are in ``README.md`` beside this file. Shape letters: B batch, S sequence,
+D width, H heads, K key width, V value width, C chunk, R reflections, W window, N sequences (= B unless ``cu_seqlens``
+packs them into one row).
 """
 
 if __name__ == "kernels":  # found under its bare name from a checkout's root: that name belongs to another distribution

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the operators. Each raises before any computation and names the argument and both shapes."""
+"""Checks of arguments, shared by the operators: each raises before any computation, naming given and expected."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -38,8 +38,8 @@ def check_dims(operator: str, name: str, tensor: Tensor, letters: str) -> None:
 def check_decay(operator: str, log_decay: Tensor) -> None:
     """No log-decay is above zero.
 
-    One reduction on a CPU. On a GPU reading the answer back would stall the queue at every call, so there the check is a
-    device-side assertion. NaN passes: it shows in the output and is not for this check to hide or to explain.
+    One reduction on a CPU. On a GPU reading the answer back would stall the queue at every call, so there the check is
+    a device-side assertion. NaN passes: it shows in the output and is not for this check to hide or to explain.
     """
     if log_decay.numel() == 0 or torch.compiler.is_compiling():
         return
@@ -57,7 +57,11 @@ def check_decay(operator: str, log_decay: Tensor) -> None:
 
 def check_offsets(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
     """The packed offsets as a list: one row, starting at 0, strictly increasing, ending at S."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dim() != 1
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
         given = (
             f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
             if isinstance(cu_seqlens, Tensor)
@@ -75,7 +79,9 @@ def check_offsets(operator: str, cu_seqlens: Tensor, batch: int, length: int) ->
         raise ValueError(f"{operator}: cu_seqlens ends at {offsets[-1]}, expected S = {length}")
     for n, (start, end) in enumerate(pairwise(offsets)):
         if end <= start:
-            raise ValueError(f"{operator}: cu_seqlens[{n}] = {start} and cu_seqlens[{n + 1}] = {end}, expected increasing")
+            raise ValueError(
+                f"{operator}: cu_seqlens[{n}] = {start} and cu_seqlens[{n + 1}] = {end}, expected increasing"
+            )
     return offsets
 
 

@@ -26,8 +26,8 @@ def short_convolution(
 
     .. math:: y_t = \mathrm{act}\Big(\sum_{w=0}^{W-1} \mathrm{weight}_{w} \odot x_{t-(W-1)+w}\Big)
 
-    so the last tap is the current token. With ``Bidirectional()`` one centred kernel of width 2W-1 shares its taps between
-    both sides: with :math:`a_w` the tap at distance w,
+    so the last tap is the current token. With ``Bidirectional()`` one centred kernel of width 2W-1 shares its taps
+    between both sides: with :math:`a_w` the tap at distance w,
     :math:`y_t = \mathrm{act}(\sum_{w \ge 0} a_w x_{t-w} + \sum_{w \ge 1} a_w x_{t+w})`.
 
     Args:
@@ -37,12 +37,13 @@ def short_convolution(
         initial_state: the last W-1 raw inputs before x, oldest first, ``[N,D,W-1]``; None is zeros.
         output_state: return the last W-1 raw inputs of [initial_state; x], also for S < W-1.
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1); windows never cross them.
-        lengths: ``[B]`` number of real tokens of right-padded rows. Padded inputs enter neither an output nor the state, and
-            padded outputs are zero. Not together with ``cu_seqlens``.
+        lengths: ``[B]`` number of real tokens of right-padded rows. Padded inputs enter neither an output nor the
+            state, and padded outputs are zero. Not together with ``cu_seqlens``.
         visibility: ``Causal()`` or ``Bidirectional()`` (no states then).
 
     Returns:
-        ``(y [B,S,D], state [N,D,W-1] or None)``; y has the dtype of x, the state is float32 (float64 for float64 inputs).
+        ``(y [B,S,D], state [N,D,W-1] or None)``; y has the dtype of x, the state is float32 (float64 for float64
+        inputs).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, named with what was expected.
@@ -107,7 +108,7 @@ def _depthwise(window: Tensor, taps: Tensor, S: int) -> Tensor:
 
 
 def _last_inputs(window: Tensor, count: int, lengths: Tensor | None) -> Tensor:
-    """The last ``count`` real rows of [state; x] per sequence, as ``[N,D,count]``; a copy, never a view of the input."""
+    """The last ``count`` real rows of [state; x] per sequence, as ``[N,D,count]``; always a copy."""
     if lengths is None:
         return window[:, window.shape[1] - count :].transpose(1, 2).clone(memory_format=torch.contiguous_format)
     index = lengths.unsqueeze(1) + torch.arange(count, device=window.device)  # row 0 of x is row `count` of the window

@@ -68,7 +68,9 @@ def choose_backend(operator: str, device: torch.device, dtype: torch.dtype, back
             )
         missing = missing_for_triton(operator, device, dtype)
         if missing is None:
-            return BackendChoice(operator, "triton", "the tensors are on a CUDA device and the operator has a Triton kernel")
+            return BackendChoice(
+                operator, "triton", "the tensors are on a CUDA device and the operator has a Triton kernel"
+            )
         return BackendChoice(operator, "chunked", missing)
     if backend == "triton":
         missing = missing_for_triton(operator, device, dtype)
@@ -88,9 +90,9 @@ def explain_backend(
 ) -> BackendChoice:
     """Say which back end a call would run on, and why, without running it.
 
-    ``operator`` is a name (``"gated_scan"``, ``"decay_attention"``, ``"delta_rule"``) or the function itself. Raises what the
-    call would raise: ValueError for an unknown back end, for ``backend="triton"`` where a part is missing, and for a
-    visibility that the operator does not define.
+    ``operator`` is a name (``"gated_scan"``, ``"decay_attention"``, ``"delta_rule"``) or the function itself. Raises
+    what the call would raise: ValueError for an unknown back end, for ``backend="triton"`` where a part is missing, and
+    for a visibility that the operator does not define.
 
     >>> print(explain_backend("delta_rule", device="cpu", dtype=torch.float32))
     delta_rule runs on the chunked back end because the tensors are on cpu and Triton kernels need a CUDA device.

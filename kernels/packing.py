@@ -1,7 +1,8 @@
 """Packed rows to padded rows and back, and the reversal of time that bidirectional calls need.
 
-A packed row holds N sequences end to end, ``x [1,S,...]`` with N+1 offsets. Operators run it as ``[N,S_max,...]`` with zeros
-at the end of the shorter rows: a token with k = 0, beta = 0, log_decay = 0 (x = 0 for the scan) leaves every state as it is.
+A packed row holds N sequences end to end, ``x [1,S,...]`` with N+1 offsets. Operators run it as ``[N,S_max,...]`` with
+zeros at the end of the shorter rows: a token with k = 0, beta = 0, log_decay = 0 (x = 0 for the scan) leaves every
+state as it is.
 """
 
 from collections.abc import Sequence
@@ -41,8 +42,8 @@ def shifted_gate(log_decay: Tensor) -> Tensor:
 def with_reversed(x: Tensor) -> Tensor:
     """``[B,S,...] -> [2B,S,...]``: the rows, then the same rows with time reversed.
 
-    Right-padded rows may be flipped whole: their neutral tokens then come first and leave the zero state alone, which is the
-    same as flipping within the real length.
+    Right-padded rows may be flipped whole: their neutral tokens then come first and leave the zero state alone, which
+    is the same as flipping within the real length.
     """
     return torch.cat([x, x.flip(1)])
 

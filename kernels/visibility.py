@@ -18,13 +18,14 @@ class Causal:
 class Bidirectional:
     """Every token sees every token of its sequence: two directions of one operator.
 
-    ``gate="own"`` runs the causal operator forward and on the time-reversed inputs, gates included: backwards, the state is
-    decayed by the gate of the token that reads it. ``gate="next"`` decays it by the gate of the token it comes from, which makes
-    the weight of a pair the same in both directions, ``exp(-|G_i - G_j|)``. They are different operators.
+    ``gate="own"`` runs the causal operator forward and on the time-reversed inputs, gates included: backwards, the
+    state is decayed by the gate of the token that reads it. ``gate="next"`` decays it by the gate of the token it comes
+    from, which makes the weight of a pair the same in both directions, ``exp(-|G_i - G_j|)``. They are different
+    operators.
 
     ``combine`` is for the delta rule, where the two directions have separate states and no diagonal can be subtracted:
-    ``"average"`` (what None means there) or ``"gate"`` (``direction_gate`` weighs them per head). ``decay_attention`` adds the
-    directions and counts the diagonal once; it takes None only.
+    ``"average"`` (what None means there) or ``"gate"`` (``direction_gate`` weighs them per head). ``decay_attention``
+    adds the directions and counts the diagonal once; it takes None only.
 
     Source: arXiv:2502.16249 for the two-scan forms; each form has its own quadratic oracle in the tests.
     """
@@ -67,7 +68,9 @@ def check_visibility(operator: str, visibility: Visibility, *, with_state: bool)
     if isinstance(visibility, Causal):
         return
     if isinstance(visibility, BlockCausal):
-        raise ValueError(f"{operator}: BlockCausal is not defined for this operator yet; use Causal() or Bidirectional()")
+        raise ValueError(
+            f"{operator}: BlockCausal is not defined for this operator yet; use Causal() or Bidirectional()"
+        )
     if not isinstance(visibility, Bidirectional):
         raise TypeError(
             f"{operator}: visibility is {visibility!r}, expected an instance of Causal, Bidirectional or BlockCausal "
@@ -75,5 +78,6 @@ def check_visibility(operator: str, visibility: Visibility, *, with_state: bool)
         )
     if with_state:
         raise ValueError(
-            f"{operator}: a state belongs to the causal direction; with Bidirectional() leave out initial_state and output_state"
+            f"{operator}: a state belongs to the causal direction; "
+            f"with Bidirectional() leave out initial_state and output_state"
         )

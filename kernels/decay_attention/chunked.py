@@ -1,6 +1,7 @@
 r"""Decay attention chunk by chunk, in batched matrix products.
 
-With :math:`D_{ij}` the decay from token j to token i of a chunk (per channel for vector gates), :math:`S` its incoming state,
+With :math:`D_{ij}` the decay from token j to token i of a chunk (per channel for vector gates) and :math:`S` the state
+that comes in,
 
 .. math::
     A_{ij} = s \sum_\kappa q_{i\kappa} k_{j\kappa} D_{ij\kappa}, \quad
@@ -41,7 +42,8 @@ def decay_attention(
         log_decay = log_decay.expand(B, S, H)  # padded tokens need a gate of their own
     q, k, v = to_chunks(q * scale, n, C), to_chunks(k, n, C), to_chunks(v, n, C)
 
-    read, write, total = q, k, None  # q and k scaled for the incoming and to the outgoing state; the chunk's whole decay
+    # q decayed from the incoming state, k decayed to the outgoing one, and the decay of the whole chunk
+    read, write, total = q, k, None
     if log_decay is None:
         weights = torch.bmm(q, k.mT).tril()
     elif vector:

@@ -26,10 +26,11 @@ def decay_attention(
     visibility: Visibility = Causal(),
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Linear attention whose memory fades: :math:`S_t = \mathrm{diag}(e^{g_t}) S_{t-1} + k_t^\top v_t`, :math:`o_t = s\, q_t S_t`.
+    r"""Linear attention whose memory fades: :math:`S_t = \mathrm{diag}(e^{g_t}) S_{t-1} + k_t^\top v_t`,
+    :math:`o_t = s\, q_t S_t`.
 
-    Serves linear attention (no decay), RetNet (arXiv:2307.08621, one constant per head), simple gates (one per head and token),
-    GLA (arXiv:2312.06635) and HGRN2 (arXiv:2404.07904) (one per key channel).
+    Serves linear attention (no decay), RetNet (arXiv:2307.08621, one constant per head), simple gates (one per head and
+    token), GLA (arXiv:2312.06635) and HGRN2 (arXiv:2404.07904) (one per key channel).
 
     Args:
         q, k: ``[B,S,H,K]``. v: ``[B,S,H,V]``.
@@ -38,17 +39,18 @@ def decay_attention(
         initial_state: ``S_0``, ``[N,H,K,V]``; None is zero.
         output_state: return the last state too.
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
-        visibility: ``Causal()``; ``Bidirectional()``: this operator forward and on time-reversed inputs, gates included, the
-            diagonal counted once; ``Bidirectional(gate="next")``: weights ``exp(-|G_i - G_j|)``, the same in both directions.
+        visibility: ``Causal()``; ``Bidirectional()``: this operator forward and on time-reversed inputs, gates
+            included, the diagonal counted once; ``Bidirectional(gate="next")``: weights ``exp(-|G_i - G_j|)``, the same
+            in both directions.
         backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
 
     Returns:
-        ``(o [B,S,H,V], state [N,H,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64 inputs).
-        Inputs of 16 bits are computed in float32. A padded token with k = 0 and log_decay = 0 changes nothing.
+        ``(o [B,S,H,V], state [N,H,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64
+        inputs). Inputs of 16 bits are computed in float32. A padded token with k = 0 and log_decay = 0 changes nothing.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, offsets, a visibility or a back end that do not fit, named with what was
-            expected; a state together with ``Bidirectional``.
+        ValueError, TypeError: shapes, dtypes, devices, offsets, a visibility or a back end that do not fit, named with
+            what was expected; a state together with ``Bidirectional``.
     """
     checks.check_tensors(NAME, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     checks.check_dims(NAME, "q", q, "[B,S,H,K]")
@@ -60,15 +62,15 @@ def decay_attention(
     if log_decay is not None:
         if tuple(log_decay.shape) not in ((H,), (B, S, H), (B, S, H, K)):
             raise ValueError(
-                f"{NAME}: log_decay has shape {tuple(log_decay.shape)}, expected None, [H] = {(H,)}, [B,S,H] = {(B, S, H)} "
-                f"or [B,S,H,K] = {(B, S, H, K)}"
+                f"{NAME}: log_decay has shape {tuple(log_decay.shape)}, expected None, [H] = {(H,)}, "
+                f"[B,S,H] = {(B, S, H)} or [B,S,H,K] = {(B, S, H, K)}"
             )
         checks.check_decay(NAME, log_decay)
     check_visibility(NAME, visibility, with_state=initial_state is not None or output_state)
     if isinstance(visibility, Bidirectional) and visibility.combine is not None:
         raise ValueError(
-            f"{NAME}: combine={visibility.combine!r} is for the delta rule; the directions of this operator are always summed "
-            f"with the diagonal counted once (combine=None)"
+            f"{NAME}: combine={visibility.combine!r} is for the delta rule; the directions of this operator are "
+            f"always summed with the diagonal counted once (combine=None)"
         )
     offsets = None if cu_seqlens is None else checks.check_offsets(NAME, cu_seqlens, B, S)
     N = B if offsets is None else len(offsets) - 1

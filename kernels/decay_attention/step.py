@@ -9,8 +9,8 @@ def decay_attention_step(
 ) -> tuple[Tensor, Tensor]:
     """``S = diag(exp(g)) S + k^T v; o = scale q S`` for one token.
 
-    q, k ``[B,H,K]``, v ``[B,H,V]``, log_decay None, ``[H]``, ``[B,H]`` or ``[B,H,K]``, state ``[B,H,K,V]`` (None is zero)
-    -> (o ``[B,H,V]``, state).
+    q, k ``[B,H,K]``, v ``[B,H,V]``, log_decay None, ``[H]``, ``[B,H]`` or ``[B,H,K]``, state ``[B,H,K,V]`` (None is
+    zero) -> (o ``[B,H,V]``, state).
     """
     written = k.unsqueeze(-1) * v.unsqueeze(-2)
     if state is not None:

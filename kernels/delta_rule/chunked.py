@@ -1,8 +1,8 @@
 r"""The delta rule chunk by chunk, in batched matrix products and one triangular solve.
 
-The writes of a chunk depend on each other: :math:`u_i = \beta_i (v_i - k_i \bar S_i)` where :math:`\bar S_i` already holds the
-writes before i. With :math:`D_{ij}` the decay from token j to token i that is a unit lower triangular system (arXiv:2406.06484,
-arXiv:2412.06464; per channel arXiv:2510.26692):
+The writes of a chunk depend on each other: :math:`u_i = \beta_i (v_i - k_i \bar S_i)` where :math:`\bar S_i` already
+holds the writes before i. With :math:`D_{ij}` the decay from token j to token i that is a unit lower triangular system
+(arXiv:2406.06484, arXiv:2412.06464; per channel arXiv:2510.26692):
 
 .. math::
     (I + A)\, \tilde U = \beta V - \beta (K \odot D_{\cdot,0}) S, \quad
@@ -11,8 +11,8 @@ arXiv:2412.06464; per channel arXiv:2510.26692):
     P_{ij} = s \sum_\kappa q_{i\kappa} k_{j\kappa} D_{ij\kappa} \; (j \le i), \quad
     S' = D_{C,0} S + (K \odot D_{C,\cdot})^\top \tilde U .
 
-:math:`(I + A)^{-1}` is found by forward substitution and applied to both right-hand sides, for all chunks at once; the loop over
-chunks is two products each. How the decays are formed is in ``segments.py``.
+:math:`(I + A)^{-1}` is found by forward substitution and applied to both right-hand sides, for all chunks at once; the
+loop over chunks is two products each. How the decays are formed is in ``segments.py``.
 """
 
 from typing import Any
@@ -41,7 +41,8 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Same as the reference for S >= 1, one reflection a token and as many q/k heads as value heads.
 
-    q, k ``[B,S,H,K]``, v ``[B,S,H,V]``, beta ``[B,S,H]``, log_decay None, ``[B,S,H]`` or ``[B,S,H,K]``, state ``[B,H,K,V]``.
+    q, k ``[B,S,H,K]``, v ``[B,S,H,V]``, beta ``[B,S,H]``, log_decay None, ``[B,S,H]`` or ``[B,S,H,K]``, state
+    ``[B,H,K,V]``.
     """
     B, S, H, K = q.shape
     V = v.shape[-1]
@@ -113,8 +114,8 @@ def delta_rule(
 class _UnitLowerInverse(torch.autograd.Function):
     """``(I + strictly lower part of A)^{-1}``, ``[M,C,C]``; what lies on and above the diagonal of A is ignored.
 
-    Its own backward, ``dA = -tril(T^T dT T^T, -1)`` with T the inverse, costs two products where the derivative of the library's
-    solver runs further triangular solves, several times slower on a CPU. It is differentiable again.
+    Its own backward, ``dA = -tril(T^T dT T^T, -1)`` with T the inverse, costs two products where the derivative of the
+    library's solver runs further triangular solves, several times slower on a CPU. It is differentiable again.
     """
 
     @staticmethod

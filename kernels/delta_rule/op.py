@@ -34,9 +34,10 @@ def delta_rule(
         \bar S = \mathrm{diag}(e^{g_t}) S_{t-1}, \quad u_t = \beta_t (v_t - k_t \bar S), \quad
         S_t = \bar S + k_t^\top u_t, \quad o_t = s\, q_t S_t
 
-    Serves DeltaNet (arXiv:2406.06484, no decay), Gated DeltaNet (arXiv:2412.06464, one decay per head and token), Kimi Delta
-    Attention (arXiv:2510.26692, one per key channel) and several reflections a token (arXiv:2502.10297). Keys are expected to
-    be unit vectors (:func:`latentcot.kernels.l2_norm`); with long keys the recurrence itself grows without bound.
+    Serves DeltaNet (arXiv:2406.06484, no decay), Gated DeltaNet (arXiv:2412.06464, one decay per head and token), Kimi
+    Delta Attention (arXiv:2510.26692, one per key channel) and several reflections a token (arXiv:2502.10297). Keys are
+    expected to be unit vectors (:func:`latentcot.kernels.l2_norm`); with long keys the recurrence itself grows without
+    bound.
 
     Args:
         q: ``[B,S,H,K]``.
@@ -48,24 +49,25 @@ def delta_rule(
         initial_state: ``S_0``, ``[N,H_v,K,V]``; None is zero.
         output_state: return the last state too.
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
-        visibility: ``Causal()``; ``Bidirectional()``: (forward + backward)/2, backward being the operator on time-reversed
-            inputs, gates included (reflections keep their order inside a token);
+        visibility: ``Causal()``; ``Bidirectional()``: (forward + backward)/2, backward being the operator on
+            time-reversed inputs, gates included (reflections keep their order inside a token);
             ``Bidirectional(combine="gate")``: ``direction_gate * forward + (1 - direction_gate) * backward``.
         backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
         direction_gate: ``[H_v]`` in [0, 1], with ``combine="gate"`` only.
 
     Returns:
-        ``(o [B,S,H_v,V], state [N,H_v,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64 inputs).
-        Inputs of 16 bits are computed in float32. A padded token with k = 0, beta = 0 and log_decay = 0 changes nothing.
+        ``(o [B,S,H_v,V], state [N,H_v,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64
+        inputs). Inputs of 16 bits are computed in float32. A padded token with k = 0, beta = 0 and log_decay = 0
+        changes nothing.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, offsets, a visibility or a back end that do not fit, named with what was
-            expected; a state together with ``Bidirectional``.
+        ValueError, TypeError: shapes, dtypes, devices, offsets, a visibility or a back end that do not fit, named with
+            what was expected; a state together with ``Bidirectional``.
     """
     checks.check_tensors(
         NAME, q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state, direction_gate=direction_gate
     )
-    B, S, H, K, R, Hv, V = _check_shapes(q, k, v, beta)
+    B, S, K, R, Hv, V = _check_shapes(q, k, v, beta)
     if log_decay is not None:
         if tuple(log_decay.shape) not in ((B, S, Hv), (B, S, Hv, K)):
             raise ValueError(
@@ -112,8 +114,8 @@ def delta_rule(
     return o.to(out_dtype), state
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[int, int, int, int, int, int, int]:
-    """(B, S, H, K, R, H_v, V); raises when a shape does not fit. R is 0 when there is no axis for it."""
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[int, int, int, int, int, int]:
+    """(B, S, K, R, H_v, V); raises when a shape does not fit. R is 0 when there is no axis for it."""
     checks.check_dims(NAME, "q", q, "[B,S,H,K]")
     B, S, H, K = q.shape
     if k.dim() == 5:
@@ -129,10 +131,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[int, i
     checks.check_dims(NAME, "v", v, f"[B,S,{letters}H_v,V]")
     Hv, V = v.shape[-2:]
     if Hv % H if H else Hv:
-        raise ValueError(f"{NAME}: v has {Hv} heads and q, k have {H}; expected a multiple, each q/k head serving Hv/H of them")
+        raise ValueError(
+            f"{NAME}: v has {Hv} heads and q, k have {H}; expected a multiple, each q/k head serving Hv/H of them"
+        )
     checks.check_shape(NAME, "v", v, f"[B,S,{letters}H_v,V]", (B, S, *middle, Hv, V))
     checks.check_shape(NAME, "beta", beta, f"[B,S,{letters}H_v]", (B, S, *middle, Hv))
-    return B, S, H, K, R, Hv, V
+    return B, S, K, R, Hv, V
 
 
 def _check_directions(visibility: Visibility, direction_gate: Tensor | None, Hv: int) -> None:
@@ -143,7 +147,9 @@ def _check_directions(visibility: Visibility, direction_gate: Tensor | None, Hv:
         raise ValueError(f"{NAME}: Bidirectional(combine='gate') needs direction_gate of shape [H_v] = {(Hv,)}")
     if direction_gate is not None:
         if not gated:
-            raise ValueError(f"{NAME}: direction_gate is used with Bidirectional(combine='gate') only; got {visibility}")
+            raise ValueError(
+                f"{NAME}: direction_gate is used with Bidirectional(combine='gate') only; got {visibility}"
+            )
         checks.check_shape(NAME, "direction_gate", direction_gate, "[H_v]", (Hv,))
 
 

@@ -18,7 +18,8 @@ def delta_rule(
     ``S = diag(exp(g_t)) S``; for r = 1 … R: ``u = beta (v - k S)``, ``S = S + k^T u``; ``o_t = scale q_t S``.
 
     q ``[B,S,H,K]``; k ``[B,S,R,H,K]``, v ``[B,S,R,H_v,V]``, beta ``[B,S,R,H_v]``; log_decay None, ``[B,S,H_v]`` or
-    ``[B,S,H_v,K]``; state ``[B,H_v,K,V]`` -> (o ``[B,S,H_v,V]``, last state). H_v = m H: each q/k head serves m value heads.
+    ``[B,S,H_v,K]``; state ``[B,H_v,K,V]`` -> (o ``[B,S,H_v,V]``, last state). H_v = m H: each q/k head serves m value
+    heads.
     """
     B, S, H, K = q.shape
     R, Hv, V = v.shape[2:]

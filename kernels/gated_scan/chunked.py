@@ -2,8 +2,8 @@ r"""The gated scan without a loop over tokens.
 
 Two neighbouring steps are one step: :math:`(a_2, b_2) \circ (a_1, b_1) = (a_2 a_1, a_2 b_1 + b_2)` with
 :math:`a = e^g`. So the scan of S tokens is the scan of S/2 summaries (chunks of two, again and again) and one more
-multiply-add for the tokens in between: O(S) work in 2 log2(S) batched steps. Every factor is a product of decays in [0, 1],
-so nothing can overflow.
+multiply-add for the tokens in between: O(S) work in 2 log2(S) batched steps. Every factor is a product of decays,
+at most 1, so nothing can overflow.
 
 Backward is the same scan from right to left:
 :math:`\delta_t = dh_t + a_{t+1} \delta_{t+1}`, :math:`dx_t = \delta_t`, :math:`dg_t = \delta_t a_t h_{t-1}`,

@@ -32,13 +32,15 @@ def gated_scan(
         output_state: return ``h_S`` too.
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
         visibility: ``Causal()`` only.
-        backend: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
+        backend: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"`` (see
+            :func:`latentcot.kernels.explain_backend`).
 
     Returns:
         ``(o [B,S,D], state [N,D] or None)``: o has the dtype of x, the state is float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, offsets or a back end that do not fit, named with what was expected.
+        ValueError, TypeError: shapes, dtypes, devices, offsets or a back end that do not fit, named with what was
+        expected.
     """
     checks.check_tensors(NAME, x=x, log_decay=log_decay, initial_state=initial_state)
     checks.check_dims(NAME, "x", x, "[B,S,D]")

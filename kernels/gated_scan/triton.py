@@ -1,10 +1,12 @@
 r"""The gated scan in Triton: one program per sequence and block of channels, the state in registers.
 
-Forward walks the tokens left to right, backward right to left with :math:`\delta_t = dh_t + a_{t+1} \delta_{t+1}`. Everything is
-computed in float32 and :math:`h` is kept in float32, because :math:`dg_t = \delta_t a_t h_{t-1}` needs it unrounded; the caller
-casts. Offsets are 64-bit: a row number times its stride passes 2^31 for tensors of a few gigabytes.
+Forward walks the tokens left to right, backward right to left with :math:`\delta_t = dh_t + a_{t+1} \delta_{t+1}`.
+Everything is computed in float32 and :math:`h` is kept in float32, because :math:`dg_t = \delta_t a_t h_{t-1}` needs it
+unrounded; the caller casts. Offsets are 64-bit: a row number times its stride passes 2^31 for tensors of a few
+gigabytes.
 
-Nothing here touches a GPU at import. Under ``TRITON_INTERPRET=1`` (set before Triton is imported) the kernels run on CPU tensors.
+Nothing here touches a GPU at import. Under ``TRITON_INTERPRET=1`` (set before Triton is imported) the kernels run on
+CPU tensors.
 """
 
 from typing import Any
@@ -118,7 +120,7 @@ class _Scan(torch.autograd.Function):
         initial = initial_state if initial_state is None else initial_state.contiguous()
         _forward_kernel[(N, triton.cdiv(D, BLOCK))](
             x, log_decay, h, initial, last, offsets, S, D, *x.stride(), *log_decay.stride(),
-            HAS_STATE=initial is not None, PACKED=offsets is not None, BLOCK=BLOCK, num_warps=WARPS,
+            HAS_STATE=initial is not None, PACKED=offsets is not None, BLOCK=BLOCK, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         ctx.save_for_backward(log_decay, initial, h, offsets)
         ctx.x_dtype = x.dtype
@@ -128,14 +130,14 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         log_decay, initial, h, offsets = ctx.saved_tensors
-        B, S, D = h.shape
+        _, S, D = h.shape
         dh, dlast = grads
         dx, dg = torch.empty_like(h), torch.empty_like(h)
         d_initial = None if initial is None else torch.empty_like(initial)
         _backward_kernel[(dlast.shape[0], triton.cdiv(D, BLOCK))](
             log_decay, h, initial, dh, dlast.contiguous(), dx, dg, d_initial, offsets, S, D,
             *log_decay.stride(), *dh.stride(),
-            HAS_STATE=initial is not None, PACKED=offsets is not None, BLOCK=BLOCK, num_warps=WARPS,
+            HAS_STATE=initial is not None, PACKED=offsets is not None, BLOCK=BLOCK, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return dx.to(ctx.x_dtype), dg.to(log_decay.dtype), d_initial, None
 
@@ -145,7 +147,8 @@ def gated_scan(
 ) -> tuple[Tensor, Tensor]:
     """Same as :func:`latentcot.kernels.gated_scan.reference.gated_scan`, for S >= 1; o and the state in float32.
 
-    x, log_decay ``[B,S,D]`` of any strides, state ``[N,D]`` float32, cu_seqlens ``[N+1]`` or None. First derivatives only.
+    x, log_decay ``[B,S,D]`` of any strides, state ``[N,D]`` float32, cu_seqlens ``[N+1]`` or None. First derivatives
+    only.
     """
     offsets = None if cu_seqlens is None else cu_seqlens.to(device=x.device, dtype=torch.int64)
     h, last = _Scan.apply(x, log_decay, initial_state, offsets)  # pyright: ignore[reportGeneralTypeIssues]

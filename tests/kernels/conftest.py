@@ -1,5 +1,9 @@
 """Shared by the operator tests: random inputs, and one call with everything that can be compared."""
 
+# Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
 import pytest
 import torch
 
@@ -17,7 +21,9 @@ def relative_rms(actual, expected):
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _random_inputs(operator, B, S, H, K, V, *, gate="token", dtype=torch.float64, seed=0, strength=1.0, R=None, Hv=None, N=None):
+def _random_inputs(
+    operator, B, S, H, K, V, *, gate="token", dtype=torch.float64, seed=0, strength=1.0, R=None, Hv=None, N=None
+):
     """Keyword arguments of one call: tensors of ``operator``; ``gate`` is none, head, token or channel."""
     generator = torch.Generator().manual_seed(seed)
 

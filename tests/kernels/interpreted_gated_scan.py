@@ -1,13 +1,19 @@
 """Checks of the Triton gated scan in Triton's interpreter; run as a script by test_gated_scan_triton.py.
 
-The interpreter is chosen by an environment variable that must be set before Triton is imported and must not reach the other tests,
-hence a process of its own. Prints one JSON object: check name -> numbers, or the traceback of a check that raised. Names as arguments select checks.
+The interpreter is chosen by an environment variable that must be set before Triton is imported and must not reach the
+other tests, hence a process of its own. Prints one JSON object: check name -> numbers, or the traceback of a check that
+raised. Names as arguments select checks.
 """
+
+# Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 import json
 import sys
 import tempfile
 import traceback
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -62,9 +68,7 @@ def packed(dtype):
     actual = run(lambda x, g, h0: by_kernel(x, g, h0, cu), x, g, h0, do, dstate, True)
 
     def loop(x, g, h0):
-        parts = [
-            reference.gated_scan(x[:, a:b], g[:, a:b], h0[n : n + 1]) for n, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-        ]
+        parts = [reference.gated_scan(x[:, a:b], g[:, a:b], h0[n : n + 1]) for n, (a, b) in enumerate(pairwise(cuts))]
         return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 0)
 
     expected = run(loop, *(t.double() for t in (x, g, h0, do, dstate)), True)
@@ -72,7 +76,9 @@ def packed(dtype):
 
 
 def strided():
-    """Slices of wider buffers, time-major storage, an expanded upstream gradient: strides are not those of a fresh tensor."""
+    """Slices of wider buffers, time-major storage, an expanded upstream gradient: strides are not those of a fresh
+    tensor.
+    """
     x, g, h0, _, _ = inputs(9, 20, 2, torch.float32)
     wide = torch.randn(2, 9, 60)
     wide[..., 20:40] = x
@@ -95,7 +101,9 @@ def poisoned():
     torch.empty = lambda *a, **k: poison(empty(*a, **k))
     torch.empty_like = lambda *a, **k: poison(empty_like(*a, **k))
     try:
-        found = run(by_kernel, *inputs(5, 131, 2, torch.float32), True)  # 131: one full block of channels and a ragged one
+        found = run(
+            by_kernel, *inputs(5, 131, 2, torch.float32), True
+        )  # 131: one full block of channels and a ragged one
     finally:
         torch.empty, torch.empty_like = empty, empty_like
     return {name: int(t.isnan().sum()) for name, t in found.items()}

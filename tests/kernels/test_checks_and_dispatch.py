@@ -1,7 +1,13 @@
 """Bad input raises before any computation and says what was given and expected; back ends explain themselves."""
 
+# Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +35,11 @@ BAD = {
         {"k": torch.randn(2, 5, 3, 4)},
         r"k has shape \(2, 5, 3, 4\), expected \[B,S,H,K\] = \(2, 5, 2, 4\)",
     ),
-    "v of other length": (attention, {"v": torch.randn(2, 6, 2, 3)}, r"v has shape \(2, 6, 2, 3\), expected \[B,S,H,V\]"),
+    "v of other length": (
+        attention,
+        {"v": torch.randn(2, 6, 2, 3)},
+        r"v has shape \(2, 6, 2, 3\), expected \[B,S,H,V\]",
+    ),
     "decay of no known shape": (
         attention,
         {"log_decay": -torch.rand(2, 5)},
@@ -100,13 +110,15 @@ def test_bad_offsets_raise(offsets, message):
 def test_bad_types_raise():
     with pytest.raises(TypeError, match=r"decay_attention: k has dtype torch.int64, expected a floating dtype"):
         attention(k=torch.ones(2, 5, 2, 4, dtype=torch.int64))
-    with pytest.raises(TypeError, match="delta_rule: beta is a float, expected a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"delta_rule: beta is a float, expected a torch\.Tensor"):
         delta_rule(**tensors(beta=0.5))
-    with pytest.raises(ValueError, match="cu_seqlens is torch.float32 of shape"):
+    with pytest.raises(ValueError, match=r"cu_seqlens is torch\.float32 of shape"):
         attention(cu_seqlens=torch.tensor([0.0, 5.0]))
     with pytest.raises(ValueError, match=r"decay_attention: v is on meta but q is on cpu"):
         attention(v=torch.randn(2, 5, 2, 3, device="meta"))
-    with pytest.raises(ValueError, match=r"gated_scan: log_decay has shape \(2, 5, 3\), expected \[B,S,D\] = \(2, 5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"gated_scan: log_decay has shape \(2, 5, 3\), expected \[B,S,D\] = \(2, 5, 4\)"
+    ):
         gated_scan(torch.randn(2, 5, 4), -torch.rand(2, 5, 3))
 
 
@@ -148,7 +160,7 @@ def test_explanations_on_a_cpu():
         assert explain_backend(name, device="cpu", dtype=torch.float32, backend="reference").chosen == "reference"
     assert explain_backend(delta_rule, device=torch.device("cpu"), dtype=torch.float64).operator == "delta_rule"
     with pytest.raises(AttributeError):
-        choice.chosen = "triton"
+        choice.chosen = "triton"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_explanations_on_a_gpu_that_need_none(monkeypatch):
@@ -192,7 +204,7 @@ def test_explanations_refuse_what_the_call_would():
     with pytest.raises(ValueError, match="operator is 'softmax', expected one of"):
         explain_backend("softmax", device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="backend is 'fast'"):
-        explain_backend("delta_rule", device="cpu", dtype=torch.float32, backend="fast")  # pyright: ignore
+        explain_backend("delta_rule", device="cpu", dtype=torch.float32, backend="fast")
     with pytest.raises(ValueError, match="BlockCausal is not defined"):
         explain_backend("delta_rule", device="cpu", dtype=torch.float32, visibility=BlockCausal(4))
     with pytest.raises(ValueError, match="gated_scan: Bidirectional is not defined"):
@@ -203,3 +215,13 @@ def test_the_public_face():
     assert kernels.__all__ == sorted(kernels.__all__)
     for name in kernels.__all__:
         assert getattr(kernels, name).__doc__, f"{name} has no docstring"
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    readme = (Path(__file__).parents[2] / "kernels" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    whole, _ = delta_rule(names["q"], names["k"], names["v"], names["beta"])
+    torch.testing.assert_close(torch.cat([names["o"], names["rest"]], 1), whole, rtol=1e-4, atol=1e-5)
+    assert "delta_rule runs on the chunked back end" in capsys.readouterr().out

@@ -3,6 +3,10 @@
 Values are derived by hand or in float64 from the definitions of this library.
 """
 
+# Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
 import json
 import os
 import subprocess
@@ -64,7 +68,8 @@ def test_K_1_gradcheck_below_at_and_above_the_window(T, with_state):
 def test_K_1_gradients_of_a_cut_sequence_add_up(cut):
     generator = torch.Generator().manual_seed(7)
     leaves = [
-        torch.randn(*shape, generator=generator, dtype=F64, requires_grad=True) for shape in ((2, 8, 3), (3, 4), (2, 3, 3))
+        torch.randn(*shape, generator=generator, dtype=F64, requires_grad=True)
+        for shape in ((2, 8, 3), (3, 4), (2, 3, 3))
     ]
     upstream, last_upstream = (torch.randn(*s, generator=generator, dtype=F64) for s in ((2, 8, 3), (2, 3, 3)))
     x, weight, state = leaves
@@ -87,7 +92,9 @@ def last_offset(shape, strides):
 
 
 def test_K_2_offsets_beyond_two_to_the_31_are_64_bit():
-    """The four shapes (H = 16, K = 128) by shape and stride alone, and the kernels' own arithmetic on their last rows."""
+    """The four shapes (H = 16, K = 128) by shape and stride alone, and the kernels' own arithmetic on their last
+    rows.
+    """
     pytest.importorskip("triton", reason="Triton is not installed, so its interpreter cannot run the offset function")
     limit, fused = 2**31 - 1, 3 * 16 * 128
     assert last_offset((1_048_576, 2048), (2048, 1)) == limit
@@ -113,8 +120,9 @@ def test_K_3_gradient_of_the_norm_of_a_zero_vector():
     y = l2_norm(k)
     (dk,) = torch.autograd.grad(y.sum(), k)
     torch.testing.assert_close(y, torch.tensor([[0, 0], [0.599999988, 0.799999984]], dtype=F64), rtol=0, atol=1e-9)
-    # dk_i = r (1 - k_i r^2 sum(k)) with r = (25 + 1e-6)^(-1/2): 0.2 (1 - 2e-8) times 0.16 + 3.36e-8 and -0.12 + 4.48e-8.
-    # The last value is -0.0239999906 from the definition; the case as written has -0.0239999956, off in its eighth digit.
+    # dk_i = r (1 - k_i r^2 sum(k)) with r = (25 + 1e-6)^(-1/2): 0.2 (1 - 2e-8) times 0.16 + 3.36e-8 and -0.12 +
+    # 4.48e-8. The last value is -0.0239999906 from the definition; the case as written has -0.0239999956, off in its
+    # eighth digit.
     torch.testing.assert_close(
         dk, torch.tensor([[1000, 1000], [0.0320000061, -0.0239999906]], dtype=F64), rtol=1e-12, atol=1e-10
     )
@@ -122,7 +130,9 @@ def test_K_3_gradient_of_the_norm_of_a_zero_vector():
 
 
 def test_K_3_padded_rows_stay_finite_through_24_layers():
-    """Convolution, norm and delta rule stacked 24 times in float32, every second row padded: no NaN, and pads get no gradient."""
+    """Convolution, norm and delta rule stacked 24 times in float32, every second row padded: no NaN, and pads get no
+    gradient.
+    """
     generator = torch.Generator().manual_seed(0)
     real = torch.tensor([9, 4])
     mask = (torch.arange(9) < real[:, None])[..., None]  # [B,S,1]
