@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -317,10 +317,13 @@ def unique_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 METHODS: dict[str, type[Reasoner]] = {}
 
 
-def register_method(name: str) -> Callable[[type[Reasoner]], type[Reasoner]]:
+Kind = TypeVar("Kind", bound=type[Reasoner])
+
+
+def register_method(name: str) -> Callable[[Kind], Kind]:
     """Class decorator that makes a method known to ``from_pretrained`` and to ``latentcot compare`` under ``name``."""
 
-    def register(kind: type[Reasoner]) -> type[Reasoner]:
+    def register(kind: Kind) -> Kind:
         if name in METHODS and METHODS[name].__qualname__ != kind.__qualname__:
             raise ValueError(f"method {name!r} is already registered by {METHODS[name].__module__}")
         kind.method = name
