@@ -1,6 +1,7 @@
 """The depth loop: equal to the written-out definition, cached = whole, padded = alone, batched exits = row by row."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from latentcot.backbone import HybridConfig, HybridForCausalLM, SequenceContext
 from latentcot.recurrent_depth import DepthLoop, ExitRule, GradientWindow
 
-TOLERANCE = {"atol": 1e-10, "rtol": 1e-10}
+TOLERANCE: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_huginn_shape_equals_the_written_out_definition(ids):
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     s = torch.randn(3, 12, 32, dtype=torch.float64)
-    body = model.backbone.model
+    body: Any = model.backbone.model
     e = huginn_block(body.layers[0], math.sqrt(32) * body.embeddings.weight[ids])
     state = s
     for _ in range(3):
