@@ -1,11 +1,11 @@
 r"""Forward process and parameterisation of masked diffusion.
 
-Each maskable token is replaced by the mask token m independently with probability :math:`1 - \alpha(t)` and stays masked. What
-the network predicts is made a distribution by SUBS (arXiv:2406.07524): zero probability on m, and tokens that are there already
-are carried over.
+Each maskable token is replaced by the mask token m independently with probability :math:`1 - \alpha(t)` and stays
+masked. What the network predicts is made a distribution by SUBS (arXiv:2406.07524): zero probability on m, and tokens
+that are there already are carried over.
 
-One boolean tensor ``maskable`` says which positions take part. It decides what is noised and what is predicted, never ``z == m``:
-a prompt may hold the mask token and must not be filled in.
+One boolean tensor ``maskable`` says which positions take part. It decides what is noised and what is predicted, never
+``z == m``: a prompt may hold the mask token and must not be filled in.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,8 @@ def corrupt(
     if bool(((x0 == mask_id) & maskable).any()):
         row, position = ((x0 == mask_id) & maskable).nonzero()[0].tolist()
         raise ValueError(
-            f"x0: row {row} holds the mask token {mask_id} at maskable position {position}; clean text must not contain it there"
+            f"x0: row {row} holds the mask token {mask_id} at maskable position {position}; "
+            "clean text must not contain it there"
         )
     p = 1 - schedule.alpha(t.to(x0.device))
     device = x0.device if generator is None else generator.device
@@ -63,12 +64,13 @@ def subs_logprobs(
 ) -> Tensor:
     """Log-probabilities ``[B, L, V]`` of the clean tokens given ``z``, in fp32 or better.
 
-    At masked positions the log-softmax of the logits with the mask token at minus infinity; elsewhere one-hot in ``z``, so that no
-    gradient reaches the logits there.
+    At masked positions the log-softmax of the logits with the mask token at minus infinity; elsewhere one-hot in
+    ``z``, so that no gradient reaches the logits there.
 
     Args:
         logits: ``[B, L, V]``.
-        forbid_mask_token: ``False`` leaves the mask token's logit as it is (LLaDA and Dream rely on the model never predicting it).
+        forbid_mask_token: ``False`` leaves the mask token's logit as it is (LLaDA and Dream rely on the model never
+            predicting it).
         maskable: ``[B, L]``; a position that holds the mask token but is not maskable is given, and carried over.
     """
     check_logits(logits, z, mask_id)

@@ -1,7 +1,7 @@
 """What the loss and the samplers ask of a network, and the hybrid backbone as one.
 
-A denoiser is any callable ``(z [B, L] int64, attention_mask [B, L] bool) -> logits [B, L, V]``. It is given no time: all that matters
-about it is the mask pattern itself (arXiv:2409.02908).
+A denoiser is any callable ``(z [B, L] int64, attention_mask [B, L] bool) -> logits [B, L, V]``. It is given no time:
+all that matters about it is the mask pattern itself (arXiv:2409.02908).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BackboneDenoiser:
-    """A :class:`~latentcot.backbone.HybridForCausalLM` seen from both sides. Position i's logits are about token i: no shift."""
+    """A :class:`~latentcot.backbone.HybridForCausalLM` seen from both sides. Position i's logits are about token i: no
+    shift."""
 
     backbone: HybridForCausalLM
 
@@ -39,6 +40,7 @@ def as_denoiser(model: Denoiser | HybridForCausalLM) -> Denoiser:
         return BackboneDenoiser(model)
     if not callable(model):
         raise TypeError(
-            f"model: expected a callable (z, attention_mask) -> logits or a HybridForCausalLM, got {type(model).__name__}"
+            "model: expected a callable (z, attention_mask) -> logits or a HybridForCausalLM, got "
+            f"{type(model).__name__}"
         )
     return model

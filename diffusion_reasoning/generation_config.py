@@ -22,13 +22,14 @@ class DiffusionGenerationConfig:
         steps: passes over the whole canvas, shared out over the blocks; ``None`` = one token a pass.
         block_length: maskable positions decoded together, left to right; ``None`` = all at once.
         order: confidence, by name or a callable (:mod:`~latentcot.diffusion_reasoning.confidence`).
-        quota: ``uniform``, ``cosine``, ``threshold``, ``bernoulli`` or a :class:`~latentcot.diffusion_reasoning.quota.Quota`.
+        quota: ``uniform``, ``cosine``, ``threshold``, ``bernoulli`` or a
+            :class:`~latentcot.diffusion_reasoning.quota.Quota`.
         threshold: of the ``threshold`` quota.
         temperature: of proposed tokens; 0 = argmax. Noise is drawn in fp64: fp32 cuts off the tail (arXiv:2409.02908).
         top_k, top_p: filters on the tempered distribution, before confidence.
         remask: :class:`~latentcot.diffusion_reasoning.remasking.ReMDM`, ``Revise`` or ``None``.
-        stop: ``canvas`` = when all is filled; ``eos_block`` = when a finished block holds ``eos_id`` (the rest is filled with it);
-            ``eos_truncate`` = as ``canvas``, and everything behind the first ``eos_id`` becomes it.
+        stop: ``canvas`` = when all is filled; ``eos_block`` = when a finished block holds ``eos_id`` (the rest is
+            filled with it); ``eos_truncate`` = as ``canvas``, and everything behind the first ``eos_id`` becomes it.
         max_nfe: most network passes a row may take; in the last one everything masked is filled at once.
         seed: of the rows' random numbers; ``None`` = a new one each call, from torch's default generator.
         schedule, t_end: of the ``bernoulli`` quota.
@@ -77,7 +78,8 @@ class DiffusionGenerationConfig:
         quota = self.make_quota()
         if isinstance(quota, Threshold) and isinstance(self.order, str) and self.order not in ON_UNIT_SCALE:
             raise ValueError(
-                f"order: {self.order!r} is not within 0..1, so no threshold fits it; take one of {', '.join(sorted(ON_UNIT_SCALE))}"
+                f"order: {self.order!r} is not within 0..1, so no threshold fits it; take one of "
+                f"{', '.join(sorted(ON_UNIT_SCALE))}"
             )
         if self.steps is not None and not quota.takes_steps:
             raise ValueError(f"steps: {type(quota).__name__} has no number of steps; bound its passes by max_nfe")
@@ -113,10 +115,11 @@ def low_confidence(
     threshold: float | None = None,
     **other: Any,
 ) -> DiffusionGenerationConfig:
-    """LLaDA's semi-autoregressive sampler (arXiv:2502.09992): in every pass the most confident tokens of the current block stay.
+    """LLaDA's semi-autoregressive sampler (arXiv:2502.09992): in every pass the most confident tokens of the current
+    block stay.
 
-    Blocks go from left to right; positions right of the current block stay visible as masks. ``threshold`` reveals by confidence
-    instead of by count (arXiv:2505.22618) and takes no steps.
+    Blocks go from left to right; positions right of the current block stay visible as masks. ``threshold`` reveals by
+    confidence instead of by count (arXiv:2505.22618) and takes no steps.
     """
     if threshold is not None:
         other |= {"quota": "threshold", "threshold": threshold}
@@ -132,9 +135,11 @@ def ancestral(
     remask: ReMDM | None = None,
     **other: Any,
 ) -> DiffusionGenerationConfig:
-    """MDLM's reverse process on ``steps`` equal times (arXiv:2406.07524), with ReMDM's re-masking when ``remask`` is given.
+    """MDLM's reverse process on ``steps`` equal times (arXiv:2406.07524), with ReMDM's re-masking when ``remask`` is
+    given.
 
-    A step that reveals nothing costs no pass: the last output is used again. What is masked after the last step is filled by argmax.
+    A step that reveals nothing costs no pass: the last output is used again. What is masked after the last step is
+    filled by argmax.
     """
     return DiffusionGenerationConfig(
         max_new_tokens,

@@ -1,8 +1,9 @@
-r"""Random numbers by address: uniform draws that depend on (row seed, pass, stream, position, token) and on nothing else.
+r"""Random numbers by address: uniform draws that depend on (row seed, pass, stream, position, token) and on nothing
+else.
 
-A generator that is read in order gives a row other numbers as soon as a neighbour joins or leaves the batch. Here every number is a
-hash of where it is used (the finaliser of SplitMix64), so a row samples the same alone and in any batch, on any device, whatever its
-padding; and all of them come out of a few vectorised integer operations.
+A generator that is read in order gives a row other numbers as soon as a neighbour joins or leaves the batch. Here every
+number is a hash of where it is used (the finaliser of SplitMix64), so a row samples the same alone and in any batch, on
+any device, whatever its padding; and all of them come out of a few vectorised integer operations.
 """
 
 import torch
@@ -58,7 +59,8 @@ class Noise:
 
 
 def seeds_from_tokens(ids: Tensor, mask: Tensor, seed: int) -> Tensor:
-    """A seed for each row from its real tokens and ``seed``, ``[B]``: the same prompt samples the same in every batch."""
+    """A seed for each row from its real tokens and ``seed``, ``[B]``: the same prompt samples the same in every
+    batch."""
     position = mask.long().cumsum(1)
     hashed = mix(mix(ids + _GOLDEN) + position * _GOLDEN) * mask
     return mix(hashed.sum(1) + mix(torch.full_like(ids[:, 0], seed)))

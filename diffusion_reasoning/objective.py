@@ -2,8 +2,8 @@ r"""The training objective of masked diffusion: a weighted cross-entropy at mask
 
 .. math:: L = \mathbb{E}_t \sum_i \mathbb{1}[z_i = m]\, w(t)\, (-\log p_i), \qquad w(t) = -\alpha'(t) / (1 - \alpha(t))
 
-is the negative evidence lower bound (NELBO) in nats a sequence (arXiv:2406.07524). Four normalisations are in use and are *not*
-equivalent:
+is the negative evidence lower bound (NELBO) in nats a sequence (arXiv:2406.07524). Four normalisations are in use and
+are *not* equivalent:
 
 ======== ============================================== =================================
 name     formula                                        where
@@ -14,7 +14,8 @@ tokens   sum of w CE / sum of A_b                       d1 fine-tuning
 masked   sum of w CE / number of masked tokens          DiffuLLaMA, MGDM; not the ELBO
 ======== ============================================== =================================
 
-A_b is the number of maskable tokens of row b, end-of-text padding included: those tokens are masked and learned like any other.
+A_b is the number of maskable tokens of row b, end-of-text padding included: those tokens are masked and learned like
+any other.
 """
 
 from dataclasses import dataclass
@@ -74,18 +75,21 @@ def diffusion_loss(
     """One network pass at one random time a row.
 
     Args:
-        model: callable ``(z, attention_mask) -> logits``, or a hybrid backbone (run bidirectionally, head at masked positions only).
+        model: callable ``(z, attention_mask) -> logits``, or a hybrid backbone (run bidirectionally, head at masked
+            positions only).
         x0: clean tokens ``[B, L]``.
         maskable: ``[B, L]``; False = given: never noised, no loss. Default: every real token.
         attention_mask: ``[B, L]``, True = real; padded positions can not be maskable.
-        time: how times are drawn (:func:`~latentcot.diffusion_reasoning.schedule.sample_times`), or the times ``[B]`` themselves.
+        time: how times are drawn (:func:`~latentcot.diffusion_reasoning.schedule.sample_times`), or the times ``[B]``
+            themselves.
         weight: ``elbo`` = w(t), ``uniform`` = 1.
-        normalise: see the table above. Rows without a maskable position are left out; ``elbo`` divides by all real tokens of the
-            other rows, given ones included.
+        normalise: see the table above. Rows without a maskable position are left out; ``elbo`` divides by all real
+            tokens of the other rows, given ones included.
         rank, world_size: place in a data-parallel group, so that times are stratified over the global batch.
 
     Raises:
-        ValueError: see :func:`~latentcot.diffusion_reasoning.corruption.corrupt`; unknown names; no maskable position at all.
+        ValueError: see :func:`~latentcot.diffusion_reasoning.corruption.corrupt`; unknown names; no maskable position
+            at all.
         FloatingPointError: a cross-entropy that is not finite, naming row and position.
     """
     model = as_denoiser(model)

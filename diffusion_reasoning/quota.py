@@ -28,8 +28,8 @@ class PassView:
     """What a quota sees of a pass over R rows.
 
     ``confidence [R, L]`` (minus infinity off the candidates), ``candidates [R, L]``; of the current block of each row:
-    ``block_size [R]`` tokens at its start, ``steps [R]`` it may take, ``step [R]`` which one this is; ``sigma [R]``: probability
-    that a token goes back to the mask (0 without ReMDM); ``uniform()``: fresh U(0, 1) numbers ``[R, L]``.
+    ``block_size [R]`` tokens at its start, ``steps [R]`` it may take, ``step [R]`` which one this is; ``sigma [R]``:
+    probability that a token goes back to the mask (0 without ReMDM); ``uniform()``: fresh U(0, 1) numbers ``[R, L]``.
     """
 
     confidence: Tensor
@@ -49,8 +49,9 @@ class PassView:
 
 
 class Quota:
-    """Base of every quota. ``counted``: takes at most one step a token, so that more are clamped; ``may_wait``: a step may reveal
-    nothing (the last network output is then used again); ``takes_steps``: whether a number of steps means anything to it."""
+    """Base of every quota. ``counted``: takes at most one step a token, so that more are clamped; ``may_wait``: a step
+    may reveal nothing (the last network output is then used again); ``takes_steps``: whether a number of steps means
+    anything to it."""
 
     counted = True
     may_wait = False
@@ -97,8 +98,8 @@ class Threshold(Quota):
 
 @dataclass(frozen=True)
 class Bernoulli(Quota):
-    """Reverse process on the grid ``t = 1 ... t_end`` in equal steps. With re-masking probability sigma the chance of a reveal is
-    ``(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`` (arXiv:2503.00307)."""
+    """Reverse process on the grid ``t = 1 ... t_end`` in equal steps. With re-masking probability sigma the chance of a
+    reveal is ``(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`` (arXiv:2503.00307)."""
 
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     t_end: float = 1e-5
@@ -130,7 +131,8 @@ class BlockPlan:
     """Blocks of the maskable positions of each row, left to right.
 
     ``block_of [B, L]``: block number of each position, -1 where it is given; ``n_blocks [B]``; ``size [B, n]`` and
-    ``steps [B, n]`` of each block (0 where a row has fewer); ``clamped``: whether a block was given more steps than it has tokens.
+    ``steps [B, n]`` of each block (0 where a row has fewer); ``clamped``: whether a block was given more steps than it
+    has tokens.
     """
 
     block_of: Tensor
@@ -145,8 +147,8 @@ def plan_blocks(
 ) -> BlockPlan:
     """Share out ``steps`` over blocks of ``block_length`` maskable tokens; the last block may be shorter.
 
-    Each block gets ``steps // n_blocks``, the first ones one more; a counted quota then takes at most one step a token. ``steps``
-    of ``None``: one token a pass.
+    Each block gets ``steps // n_blocks``, the first ones one more; a counted quota then takes at most one step a token.
+    ``steps`` of ``None``: one token a pass.
 
     Raises:
         ValueError: fewer steps than blocks; with ``parity="llada"`` also when blocks or steps do not come out even.
@@ -161,11 +163,13 @@ def plan_blocks(
     if parity == "llada":
         if bool((n % length).any()):
             raise ValueError(
-                f"block_length: {length} does not divide the answer of {n.tolist()[:8]} tokens, which parity='llada' asks for"
+                f"block_length: {length} does not divide the answer of {n.tolist()[:8]} tokens, which parity='llada' "
+                "asks for"
             )
         if steps is not None and bool((steps % n_blocks.clamp(min=1)).any()):
             raise ValueError(
-                f"steps: {steps} is no multiple of the number of blocks {n_blocks.tolist()[:8]}, which parity='llada' asks for"
+                f"steps: {steps} is no multiple of the number of blocks {n_blocks.tolist()[:8]}, which parity='llada' "
+                "asks for"
             )
     if steps is None:
         return BlockPlan(block_of, n_blocks, size, size.clone(), False)
@@ -192,7 +196,7 @@ def quota_table(n: int, quota: Quota, steps: int | None = None, block_length: in
         for step in range(int(taken)):
             confidence = torch.where(masked, 0.0, -torch.inf)
             view = PassView(
-                confidence, masked, size[None], taken[None], torch.tensor([step]), torch.zeros(1), lambda: confidence
+                confidence, masked, size[None], taken[None], torch.tensor([step]), torch.zeros(1), confidence.clone
             )
             revealed = quota.reveal(view)
             counts.append(int(revealed.sum()))

@@ -5,10 +5,10 @@ Layout (canvas tokens in capitals; they are what is noised, learned and filled):
     steps_and_answer   prompt <bot> STEPS <ANS> ANSWER <EOS> <EOS> ...
     answer             prompt <bot> ANSWER <EOS> ...
 
-The length of the canvas follows from the task's limits alone, and the ``<eos>`` behind the text are masked and learned like any
-other token (as in LLaDA's fine-tuning, arXiv:2502.09992), so no length gives the gold solution away and the model itself says where
-it ends. The backbone runs with ``Bidirectional()`` visibility; rows are right-padded behind the canvas in training and in sampling, and
-positions count real tokens, so a prompt has the same positions in both.
+The length of the canvas follows from the task's limits alone, and the ``<eos>`` behind the text are masked and learned
+like any other token (as in LLaDA's fine-tuning, arXiv:2502.09992), so no length gives the gold solution away and the
+model itself says where it ends. The backbone runs with ``Bidirectional()`` visibility; rows are right-padded behind the
+canvas in training and in sampling, and positions count real tokens, so a prompt has the same positions in both.
 """
 
 from collections.abc import Mapping
@@ -59,6 +59,8 @@ from latentcot.training.budget import FlopCounter
 Canvas = Literal["steps_and_answer", "answer"]
 Sampler = Literal["low_confidence", "ancestral"]
 
+_NO_LIMITS, _EVERYWHERE = AnswerLimits(), Sites()
+
 DEFAULTS: dict[str, Any] = {
     "canvas": "steps_and_answer",
     "canvas_tokens": None,
@@ -79,9 +81,10 @@ class MaskedDiffusion(Reasoner):
 
     Settings:
         canvas: ``steps_and_answer`` (default) or ``answer``.
-        canvas_tokens: length of the canvas; ``None`` = what the task's limits need (longest steps, ``<ans>``, longest answer, one
-            ``<eos>``). To be set when a model is evaluated under larger limits than it was trained with.
-        schedule, normalise: of the loss. ``answer`` (default) averages over canvas tokens, then over rows, as LLaDA's fine-tuning does.
+        canvas_tokens: length of the canvas; ``None`` = what the task's limits need (longest steps, ``<ans>``, longest
+            answer, one ``<eos>``). To be set when a model is evaluated under larger limits than it was trained with.
+        schedule, normalise: of the loss. ``answer`` (default) averages over canvas tokens, then over rows, as LLaDA's
+            fine-tuning does.
         sampler: ``low_confidence`` (default) or ``ancestral``.
         tokens_per_step: the default number of denoising steps is ceil(canvas / tokens_per_step).
         block_length, order, threshold: of ``low_confidence``; a threshold replaces the number of steps.
@@ -230,13 +233,14 @@ class MaskedDiffusion(Reasoner):
 
     @torch.no_grad()
     def answer(
-        self, prompts: PromptBatch, limits: AnswerLimits = AnswerLimits(), generator: torch.Generator | None = None
+        self, prompts: PromptBatch, limits: AnswerLimits = _NO_LIMITS, generator: torch.Generator | None = None
     ) -> AnswerOutput:
         """Fill the canvas and read the answer off it; text ends at the first ``<eos>``.
 
-        ``tokens_emitted`` counts canvas tokens up to and including that ``<eos>``; ``sequential_passes`` is the number of network passes
-        (NFE); FLOPs are those of a pass over prompt and canvas times it. ``limits.sequential_passes`` bounds the NFE. A row's random
-        numbers follow from its prompt and one draw of ``generator``, so they do not depend on the batch; equal prompts are answered alike.
+        ``tokens_emitted`` counts canvas tokens up to and including that ``<eos>``; ``sequential_passes`` is the number
+        of network passes (NFE); FLOPs are those of a pass over prompt and canvas times it. ``limits.sequential_passes``
+        bounds the NFE. A row's random numbers follow from its prompt and one draw of ``generator``, so they do not
+        depend on the batch; equal prompts are answered alike.
         """
         row, canvas, out = self._fill(prompts, limits, generator)
         text = until_stop(canvas)
@@ -251,9 +255,9 @@ class MaskedDiffusion(Reasoner):
         return AnswerOutput(ids, emitted, out.nfe, flops, {"text": canvas})  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
-        """Hidden states after each chosen block in every denoising step of the default sampler; rows that had no pass in a step are
-        not valid there."""
+    def trace(self, prompts: PromptBatch, sites: Sites = _EVERYWHERE) -> Trace:
+        """Hidden states after each chosen block in every denoising step of the default sampler; rows that had no pass
+        in a step are not valid there."""
         device = prompts.ids.device
         blocks = range(len(self.backbone.model.layers)) if sites.blocks is None else sites.blocks
         seen: list[tuple[Tensor, Tensor]] = []
@@ -262,7 +266,7 @@ class MaskedDiffusion(Reasoner):
             if sites.steps is None or len(seen) < sites.steps:
                 seen.append((rows, z))
 
-        row, _, _ = self._fill(prompts, AnswerLimits(), None, remember)
+        row, _, _ = self._fill(prompts, _NO_LIMITS, None, remember)
         batch, length = row.ids.shape
         hidden = torch.zeros(
             len(seen),
@@ -276,7 +280,9 @@ class MaskedDiffusion(Reasoner):
         valid = torch.zeros(len(seen), batch, length, dtype=torch.bool, device=device)
         for step, (rows, z) in enumerate(seen):
             mask = row.mask[rows]
-            context = SequenceContext.build(*z.shape, device, attention_mask=mask, visibility=Bidirectional())
+            context = SequenceContext.build(
+                z.shape[0], z.shape[1], device, attention_mask=mask, visibility=Bidirectional()
+            )
             stream, recorded = self.backbone.embed(z), {}
             for block in range(len(self.backbone.model.layers)):
                 stream, _ = self.backbone.run(stream, context, slice(block, block + 1))

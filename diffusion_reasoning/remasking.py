@@ -10,8 +10,8 @@ the mask               token v with :math:`p(v)\,(\alpha_s - (1-\sigma)\alpha_t)
 a token                itself with :math:`1-\sigma`, the mask with :math:`\sigma`; never another token
 ====================== ============================================================================================
 
-for :math:`0 \le \sigma \le \sigma_{max} = \min(1, (1-\alpha_s)/\alpha_t)` (1 where :math:`\alpha_t = 0`). Whatever sigma, the share of
-clean tokens at s is :math:`\alpha_s`.
+for :math:`0 \le \sigma \le \sigma_{max} = \min(1, (1-\alpha_s)/\alpha_t)` (1 where :math:`\alpha_t = 0`). Whatever
+sigma, the share of clean tokens at s is :math:`\alpha_s`.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ def posterior(
     """Probabilities ``[B, L, V]`` of each position at time s given ``z [B, L]`` at time t.
 
     Args:
-        logprobs: the network's log-probabilities of clean tokens ``[B, L, V]``, the mask token at minus infinity; read at masked
-            positions only (a token that is there is never predicted anew).
+        logprobs: the network's log-probabilities of clean tokens ``[B, L, V]``, the mask token at minus infinity; read
+            at masked positions only (a token that is there is never predicted anew).
         alpha_t, alpha_s: share of clean tokens before and after, ``0 <= alpha_t <= alpha_s <= 1`` and ``alpha_t < 1``.
         sigma: probability that a revealed token is masked again; 0 is the plain reverse process.
         maskable: given positions (False) are kept whatever they hold.
@@ -58,7 +58,7 @@ def posterior(
         raise ValueError(
             f"logprobs: the mask token {mask_id} has positive probability; it is never predicted (see subs_logprobs)"
         )
-    is_mask = torch.arange(logprobs.shape[-1], device=z.device) == mask_id
+    is_mask = (torch.arange(logprobs.shape[-1], device=z.device) == mask_id).to(logprobs.dtype)
     is_held = torch.nn.functional.one_hot(z, logprobs.shape[-1]).to(logprobs.dtype)
     reveal, stay = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t), (1 - alpha_s - sigma * alpha_t) / (1 - alpha_t)
     from_mask = logprobs.exp() * reveal + is_mask * stay
@@ -97,7 +97,8 @@ class ReMDM:
 
 @dataclass(frozen=True)
 class Revise:
-    """Once a block is filled, ``passes`` more times: mask its ``count`` least confident tokens again and predict them anew.
+    """Once a block is filled, ``passes`` more times: mask its ``count`` least confident tokens again and predict them
+    anew.
 
     The prompt and finished blocks are not touched. Each pass is one network pass and is counted as one.
     """
@@ -110,7 +111,8 @@ class Revise:
             raise ValueError(f"passes, count: at least 1 each, got {self.passes} and {self.count}")
 
     def pick(self, confidence: Tensor, block: Tensor) -> Tensor:
-        """The least confident positions of ``block [R, L]``, ties by lower position; ``confidence [R, L]`` as at the last reveal."""
+        """The least confident positions of ``block [R, L]``, ties by lower position; ``confidence [R, L]`` as at the
+        last reveal."""
         order = confidence.masked_fill(~block, torch.inf).sort(dim=1, stable=True).indices
         rank = torch.empty_like(order).scatter(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

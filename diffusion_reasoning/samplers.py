@@ -8,9 +8,10 @@ r"""The one loop behind every sampler of masked diffusion.
         z[U]   = y[U]                                        U chosen by the quota
         z[R]   = mask                                        R chosen by the re-masking, if any
 
-What is masked is a boolean state of its own, never read off ``z == mask``: a given token may be the mask token. A row's result
-does not depend on the other rows: random numbers are drawn by address (:mod:`~latentcot.diffusion_reasoning.noise`), counts are per
-row, finished rows leave the batch. Per pass the loop waits for the device a fixed number of times, whatever the number of rows.
+What is masked is a boolean state of its own, never read off ``z == mask``: a given token may be the mask token. A row's
+result does not depend on the other rows: random numbers are drawn by address
+(:mod:`~latentcot.diffusion_reasoning.noise`), counts are per row, finished rows leave the batch. Per pass the loop
+waits for the device a fixed number of times, whatever the number of rows.
 """
 
 import warnings
@@ -36,8 +37,8 @@ Hook = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class DiffusionOutput:
-    """``sequences [B, P + n]``; ``nfe [B]``: network passes of each row; ``stopped [B]``: ended before its plan did (by ``eos_block``
-    or ``max_nfe``); ``exact``: no cached approximation was used."""
+    """``sequences [B, P + n]``; ``nfe [B]``: network passes of each row; ``stopped [B]``: ended before its plan did (by
+    ``eos_block`` or ``max_nfe``); ``exact``: no cached approximation was used."""
 
     sequences: Tensor
     nfe: Tensor
@@ -62,14 +63,16 @@ def diffusion_generate(
         model: callable ``(z, attention_mask) -> logits [B, L, V]``, or a hybrid backbone.
         input_ids: ``[B, P]``; ``config.max_new_tokens`` masked positions are put behind it.
         attention_mask: ``[B, P]``, True = real; padding may stand anywhere.
-        maskable: ``[B, P]`` or ``[B, P + n]``: positions to fill (their ids are ignored); all others are given and returned as they
-            are. Default: the new positions alone.
+        maskable: ``[B, P]`` or ``[B, P + n]``: positions to fill (their ids are ignored); all others are given and
+            returned as they are. Default: the new positions alone.
         allowed: ``[B, P + n, V]`` bool, or a callable ``(pass, z) -> [B, P + n, V]``: tokens that may be proposed.
         row_seeds: ``[B]`` int64; default: from ``config.seed`` and the row's number.
-        hook: called as ``hook(pass, rows, z)`` in front of every network pass with the numbers ``[R]`` of its rows and what they hold.
+        hook: called as ``hook(pass, rows, z)`` in front of every network pass with the numbers ``[R]`` of its rows and
+            what they hold.
 
     Returns:
-        :class:`DiffusionOutput`. No maskable position is left masked. Rows without one come back unchanged with 0 passes.
+        :class:`DiffusionOutput`. No maskable position is left masked. Rows without one come back unchanged with 0
+        passes.
 
     Raises:
         ValueError: shapes that do not fit, nothing to fill, fewer steps than blocks, a position with no allowed token.
@@ -77,11 +80,8 @@ def diffusion_generate(
     """
     denoise = as_denoiser(model)
     ids, real, maskable = lay_out(input_ids, config.max_new_tokens, attention_mask, maskable)
-    quota, order, revise = (
-        config.make_quota(),
-        find_confidence(config.order),
-        config.remask if isinstance(config.remask, Revise) else None,
-    )
+    quota, order = config.make_quota(), find_confidence(config.order)
+    revise = config.remask if isinstance(config.remask, Revise) else None
     remdm = config.remask if isinstance(config.remask, ReMDM) else None
     plan = plan_blocks(maskable, config.block_length, config.steps, quota, config.parity)
     if plan.clamped:
@@ -89,7 +89,7 @@ def diffusion_generate(
             f"steps: {config.steps} passes are more than there are tokens to reveal; each block takes one a token",
             stacklevel=2,
         )
-    batch, length = ids.shape
+    batch = ids.shape[0]
     noise = Noise(_row_seeds(row_seeds, config.seed, batch, ids.device))
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
 
@@ -131,7 +131,7 @@ def diffusion_generate(
         assert outputs is not None
         logits = outputs[rows] if quota.may_wait else outputs
 
-        # -- proposals at the candidates ---------------------------------------------------------------------------------
+        # -- proposals at the candidates -------------------------------------------------------------------------------
         r, column = candidates.nonzero(as_tuple=True)
         chosen = logits[r, column].double()  # fp64 for masked positions only
         if config.forbid_mask_token:
@@ -140,35 +140,35 @@ def diffusion_generate(
         if allowed is not None:
             chosen = _constrain(chosen, allowed, number, z, rows[r], column)
         where = positions[rows[r], column]
-        greedy = (closing | ending)[r]
-        proposal = _propose(chosen, config, greedy, noise, rows[r], where, number)
+        proposal = _propose(chosen, config, closing[r], noise, rows[r], where, number)
         y = z[rows].index_put((r, column), proposal.tokens)
         confidence = torch.full(y.shape, -torch.inf, dtype=torch.float64, device=y.device)
         confidence[r, column] = order(proposal).double()
 
-        # -- reveal ------------------------------------------------------------------------------------------------------
+        # -- reveal ----------------------------------------------------------------------------------------------------
         sigma = torch.zeros(len(rows), dtype=torch.float64, device=z.device)
         if remdm is not None:
             assert isinstance(quota, Bernoulli)
             sigma = remdm.sigma(*quota.alphas(steps, step[rows])).masked_fill(closing, 0.0)
         view = PassView(
-            confidence,
-            candidates,
+            confidence.masked_fill(~here, -torch.inf),
+            candidates & here,
             size,
             steps,
             step[rows],
             sigma,
             lambda: noise.positions(rows, number, "reveal", positions[rows]),  # noqa: B023
         )
-        reveal = candidates & (quota.reveal(view) | (closing | refilling)[:, None])
+        reveal = candidates & here & (quota.reveal(view) | (closing | refilling)[:, None])
         forced = candidates & ending[:, None] & ~reveal
         stopped[rows] |= forced.any(1)
+        y = torch.where(forced, y.index_put((r, column), chosen.argmax(-1)), y)
         reveal = reveal | forced
         held = masked[rows]
         after, left = torch.where(reveal, y, z[rows]), held & ~reveal
         settled[rows] = torch.where(reveal, confidence, settled[rows])
 
-        # -- re-mask, finish blocks, stop ----------------------------------------------------------------------------------
+        # -- re-mask, finish blocks, stop ------------------------------------------------------------------------------
         changed = reveal.any(1)
         if remdm is not None:
             back = (
@@ -201,7 +201,8 @@ def diffusion_generate(
 
     if bool(masked.any()):
         raise RuntimeError(
-            f"quota: {quota} revealed too little; masks are left in rows {masked.any(1).nonzero().squeeze(1).tolist()[:8]}"
+            f"quota: {quota} revealed too little; masks are left in rows "
+            f"{masked.any(1).nonzero().squeeze(1).tolist()[:8]}"
         )
     if config.stop == "eos_truncate":
         behind = (((z == config.eos_id) & maskable).long().cumsum(1) > 0) & maskable
@@ -220,7 +221,8 @@ def lay_out(
     batch, given = input_ids.shape
     if maskable is None and not new_tokens:
         raise ValueError(
-            "maskable: with max_new_tokens = 0 it must say which positions to fill (for ids that mark them: input_ids == mask_id)"
+            "maskable: with max_new_tokens = 0 it must say which positions to fill (for ids that mark them: input_ids "
+            "== mask_id)"
         )
     ids, real = F.pad(input_ids, (0, new_tokens)), F.pad(real, (0, new_tokens), value=True)
     if maskable is None:
@@ -284,7 +286,8 @@ def _propose(
     positions: Tensor,
     number: int,
 ) -> Proposal:
-    """A token for each of n candidates: argmax, or a draw from the tempered and filtered distribution by the Gumbel trick.
+    """A token for each of n candidates: argmax, or a draw from the tempered and filtered distribution by the Gumbel
+    trick.
 
     Written with logarithms: the published form exp(logits) / (-log u)^T is the same number until it overflows.
     """

@@ -1,7 +1,7 @@
 r"""Noise schedules of masked diffusion and the times a loss is evaluated at.
 
-Time runs from 0 (clean) to 1 (all masked). :math:`\alpha(t)` is the probability that a token is still clean, and the loss weight
-is :math:`w(t) = -\alpha'(t) / (1 - \alpha(t))`:
+Time runs from 0 (clean) to 1 (all masked). :math:`\alpha(t)` is the probability that a token is still clean, and the
+loss weight is :math:`w(t) = -\alpha'(t) / (1 - \alpha(t))`:
 
 =================== =============================================== =============================================
 name                :math:`\alpha(t)`                               :math:`w(t)`
@@ -14,8 +14,9 @@ geometric           :math:`e^{-\sigma}`, :math:`\sigma` geometric   :math:`\sigm
 cosine_complement   :math:`1 - \cos(\pi(1-t)/2)`                    :math:`(\pi/2)\tan(\pi(1-t)/2)`
 =================== =============================================== =============================================
 
-The first five are those of MDLM (arXiv:2406.07524); the last is what the dLLM library (arXiv:2602.22661) calls ``cosine``: two
-schedules share that name elsewhere. The expected loss does not depend on the schedule, its variance does.
+The first five are those of MDLM (arXiv:2406.07524); the last is what the dLLM library (arXiv:2602.22661) calls
+``cosine``: two schedules share that name elsewhere. The expected loss does not depend on the schedule, its variance
+does.
 """
 
 import difflib
@@ -147,8 +148,9 @@ def sample_times(
     r"""Times of ``n`` rows, ``[n]`` fp32, within :math:`[\epsilon, 1]`.
 
     ``antithetic`` puts one time into each of the ``n · world_size`` equal parts of the interval,
-    :math:`u_i = (U_i + i) / N`, :math:`t_i = (1 - \epsilon) u_i + \epsilon` (arXiv:2406.07524); ``rank`` r holds the parts
-    ``r·n ... r·n + n - 1`` of the global batch. ``iid`` draws each on its own. ``fixed`` checks and returns ``times``.
+    :math:`u_i = (U_i + i) / N`, :math:`t_i = (1 - \epsilon) u_i + \epsilon` (arXiv:2406.07524); ``rank`` r holds the
+    parts ``r·n ... r·n + n - 1`` of the global batch. ``iid`` draws each on its own. ``fixed`` checks and returns
+    ``times``.
 
     Raises:
         ValueError: unknown mode, eps outside (0, 1), rank outside the world, a fixed time that is 0 or outside (0, 1].
@@ -159,7 +161,8 @@ def sample_times(
         raise ValueError(f"mode: {mode!r} given, expected 'antithetic', 'iid' or 'fixed'")
     if (mode == "fixed") != (times is not None):
         raise ValueError(
-            f"times: they belong to mode='fixed'; got mode={mode!r} and times {'given' if times is not None else 'missing'}"
+            f"times: they belong to mode='fixed'; got mode={mode!r} and times "
+            f"{'given' if times is not None else 'missing'}"
         )
     if times is not None:
         return check_times(times, n)
@@ -180,6 +183,7 @@ def check_times(times: Tensor, n: int) -> Tensor:
         raise ValueError(f"times: shape {list(times.shape)} of {times.dtype} given, expected [{n}] of a floating type")
     if not bool(((times > 0) & (times <= 1)).all()):
         raise ValueError(
-            f"times: expected 0 < t <= 1 (the weight is infinite at 0), got values within {float(times.min())}..{float(times.max())}"
+            "times: expected 0 < t <= 1 (the weight is infinite at 0), got values within "
+            f"{float(times.min())}..{float(times.max())}"
         )
     return times
