@@ -9,11 +9,12 @@ so terms share a sign, nothing cancels and every factor lies in [0, 1].
 * One gate per channel: pairs would need ``C x C x K`` exponentials. Split the chunk in halves, and the halves again:
   for i in the right and j in the left half around a midpoint m, the exponent is (sum from m to i) + (sum from j+1 to
   m-1), one factor for the query and one for the key, so each of the log2(C) levels is an ordinary matrix product of
-  scaled queries and keys, masked to its own pairs. :class:`Levels` holds the matrices, :func:`level_decays` the
-  factors, :func:`decayed_products` the result.
+  scaled queries and keys, masked to its own pairs. :class:`Levels` holds the matrices,
+  :func:`decayed_products` forms the result.
 """
 
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,48 +54,81 @@ class Levels:
 
     Level l splits blocks of 2^(l+1) tokens in halves. A token is in one half only, so one factor a token and level is
     enough: in a right half the decay from the midpoint to the token, in a left half the decay from the token to the
-    midpoint.
-    ``sums [L*C (+ 2C), C]`` maps gates to the exponents, level-major; with ``ends`` followed by C rows "from before the
-    chunk to token i" and C rows "from token j to the end". ``masks [L,C,C]`` says which pairs (i right, j left) belong
-    to a level.
+    midpoint. Each of ``steps`` is a level: ``sums [C,C]`` maps gates to the exponents, ``right [C,1]`` marks the tokens
+    of right halves, ``mask [C,C]`` the pairs (i right, j left) that the level is for. ``ends [2C,C]`` gives "from
+    before the chunk to token i" and "from token j to the end".
     """
 
-    def __init__(self, C: int, ends: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.count = (C - 1).bit_length()
-        self.ends = ends
+    def __init__(self, C: int, dtype: torch.dtype, device: torch.device) -> None:
         i = torch.arange(C).view(-1, 1)
         t = torch.arange(C).view(1, -1)
-        sums, masks = [], []
-        for level in range(self.count):
-            right = (i >> level & 1).bool()
-            edge = ((i >> level) + (~right).long()) << level  # where the right half of the token's block begins
-            sums.append(torch.where(right, (t >= edge) & (t <= i), (t > i) & (t < edge)))
-            masks.append((i >> (level + 1) == t >> (level + 1)) & right & ~right.mT)
-        if ends:
-            sums += [t <= i, t > i]
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.inference_mode(False):  # a cached inference tensor could not be used in training later
-            empty = torch.zeros(0, C, dtype=torch.bool)
-            self.sums = torch.cat([empty, *sums]).to(device=device, dtype=dtype)
-            self.masks = torch.cat([empty, *masks]).view(self.count, C, C).to(device=device, dtype=dtype)
+            for level in range((C - 1).bit_length()):
+                right = (i >> level & 1).bool()
+                edge = ((i >> level) + (~right).long()) << level  # where the right half of the token's block begins
+                sums = torch.where(right, (t >= edge) & (t <= i), (t > i) & (t < edge))
+                mask = (i >> (level + 1) == t >> (level + 1)) & right & ~right.mT
+                self.steps.append((sums.to(device, dtype), right.to(device, dtype), mask.to(device, dtype)))
+            self.ends = torch.cat([t <= i, t > i]).to(device, dtype)
 
 
 @lru_cache(maxsize=64)
-def levels(C: int, ends: bool, dtype: torch.dtype, device: torch.device) -> Levels:
-    return Levels(C, ends, dtype, device)
+def levels(C: int, dtype: torch.dtype, device: torch.device) -> Levels:
+    return Levels(C, dtype, device)
 
 
-def level_decays(log_decay: Tensor, plan: Levels) -> tuple[Tensor, Tensor, Tensor]:
-    """``[M,C,K]`` -> factors by level ``[M,L,C,K]`` and, with ends, from the start and to the end, ``[M,C,K]`` each."""
-    M, C, K = log_decay.shape
-    factors = torch.bmm(plan.sums.expand(M, -1, -1), log_decay.clamp_min(-LIMIT)).exp()
-    pairs, ends = plan.count * C, C if plan.ends else 0
-    by_level, start, end = factors.split([pairs, ends, ends], dim=1)
-    return by_level.view(M, plan.count, C, K), start, end
+def end_decays(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay from before the chunk to token i, and from token j to the end of the chunk: ``[M,C,K]``, both."""
+    M, C, _ = log_decay.shape
+    ends = levels(C, log_decay.dtype, log_decay.device).ends
+    start, end = torch.bmm(ends.expand(M, -1, -1), log_decay.clamp_min(-LIMIT)).exp().chunk(2, dim=1)
+    return start, end
 
 
-def decayed_products(q: Tensor, scaled_k: Tensor, by_level: Tensor, masks: Tensor) -> Tensor:
-    """``A_ij = sum_k q_ik k_jk exp(sum of g_k over j < t <= i)`` for j < i, else 0: ``[M,C,K] -> [M,C,C]``.
+def decayed_products(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    """``A_ij = sum_k q_ik k_jk exp(sum of g_k over j < t <= i)`` for j < i, else 0: ``[M,C,K]`` each -> ``[M,C,C]``."""
+    return cast(Tensor, _DecayedProducts.apply(q, k, log_decay.clamp_min(-LIMIT)))
 
-    ``scaled_k [M,L,C,K]`` is ``k * by_level``, which two products of the delta rule share.
+
+class _DecayedProducts(torch.autograd.Function):
+    """One level at a time: what is held stays in the cache, and queries and keys of a level share one tensor.
+
+    Only queries of right halves and keys of left halves take part in a level, so ``z = factor * (q if right else k)``
+    holds both, ``A`` collects ``mask * z z^T``, and with ``D = dA * mask`` the gradient is ``dz = (D + D^T) z``. The
+    exponents' gradient is ``z * dz``. Under ``create_graph`` the levels are computed again, in differentiable steps on
+    the inputs.
     """
-    return (torch.matmul(q.unsqueeze(1) * by_level, scaled_k.mT) * masks).sum(1)
+
+    @staticmethod
+    def level(q: Tensor, k: Tensor, log_decay: Tensor, sums: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        factor = torch.bmm(sums.expand(q.shape[0], -1, -1), log_decay).exp()
+        return factor, torch.lerp(k, q, right) * factor
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+        M, C, _ = q.shape
+        plan = levels(C, q.dtype, q.device)
+        products = q.new_zeros(M, C, C)
+        ctx.kept = []
+        for sums, right, mask in plan.steps:
+            factor, z = _DecayedProducts.level(q, k, log_decay, sums, right)
+            products.addcmul_(torch.bmm(z, z.mT), mask)
+            ctx.kept.append((factor, z))
+        ctx.save_for_backward(q, k, log_decay)
+        return products
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, log_decay = ctx.saved_tensors
+        M, C, _ = q.shape
+        dq, dk, dg = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(log_decay)
+        for (sums, right, mask), kept in zip(levels(C, q.dtype, q.device).steps, ctx.kept, strict=True):
+            factor, z = _DecayedProducts.level(q, k, log_decay, sums, right) if torch.is_grad_enabled() else kept
+            d_level = grads[0] * mask
+            dz = torch.bmm(d_level + d_level.mT, z)
+            dg = torch.baddbmm(dg, sums.mT.expand(M, -1, -1), z * dz)
+            d_unscaled = dz * factor
+            dq = torch.addcmul(dq, d_unscaled, right)
+            dk = torch.addcmul(dk, d_unscaled, 1 - right)
+        return dq, dk, dg

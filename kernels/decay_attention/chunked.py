@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentcot.kernels.chunking import chunk_count, from_chunks, to_chunks, zero_state
-from latentcot.kernels.segments import decayed_products, level_decays, levels, pair_decays
+from latentcot.kernels.segments import decayed_products, end_decays, pair_decays
 
 SCALAR_CHUNK = 64
 VECTOR_CHUNK = 32
@@ -47,11 +47,11 @@ def decay_attention(
     if log_decay is None:
         weights = torch.bmm(q, k.mT).tril()
     elif vector:
-        plan = levels(C, with_states, q.dtype, q.device)
-        by_level, start, end = level_decays(to_chunks(log_decay, n, C), plan)
-        weights = decayed_products(q, k.unsqueeze(1) * by_level, by_level, plan.masks)
+        gates = to_chunks(log_decay, n, C)
+        weights = decayed_products(q, k, gates)
         weights = weights + torch.diag_embed((q * k).sum(-1))  # a token sees itself undecayed
         if with_states:
+            start, end = end_decays(gates)
             read, write, total = q * start, k * end, start[:, -1].view(B, H, n, K, 1)
     else:
         fixed = log_decay.dim() == 1

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latentcot.kernels.chunking import chunk_count, from_chunks, to_chunks, zero_state
-from latentcot.kernels.segments import decayed_products, level_decays, levels, pair_decays
+from latentcot.kernels.segments import decayed_products, end_decays, pair_decays
 
 SCALAR_CHUNK = 64
 VECTOR_CHUNK = 32
@@ -58,13 +58,12 @@ def delta_rule(
         system = torch.bmm(bk, k.mT)
         weights = torch.bmm(q, k.mT).tril()
     elif vector:
-        plan = levels(C, with_states, q.dtype, q.device)
-        by_level, start, end = level_decays(to_chunks(log_decay, n, C), plan)
-        scaled_k = k.unsqueeze(1) * by_level
-        system = decayed_products(bk, scaled_k, by_level, plan.masks)
-        weights = decayed_products(q, scaled_k, by_level, plan.masks)
+        gates = to_chunks(log_decay, n, C)
+        system = decayed_products(bk, k, gates)
+        weights = decayed_products(q, k, gates)
         weights = weights + torch.diag_embed((q * k).sum(-1))  # a token reads its own write undecayed
         if with_states:
+            start, end = end_decays(gates)
             read, write, erase, total = q * start, k * end, bk * start, start[:, -1].view(B, H, n, K, 1)
     else:
         decays = pair_decays(to_chunks(log_decay, n, C), ends=with_states)
