@@ -79,9 +79,17 @@ def test_loss_equals_its_formula(normalise: str, weight: str):
     real = torch.ones(4, 6, dtype=torch.bool)
     real[0, 4:] = False
     out = diffusion_loss(
-        random_model, x0, schedule=LOGLINEAR, mask_id=MASK, maskable=maskable, attention_mask=real, time=times,
-        weight=weight, normalise=normalise, generator=torch.Generator().manual_seed(5),  # type: ignore[arg-type]
-    )  # fmt: skip
+        random_model,
+        x0,
+        schedule=LOGLINEAR,
+        mask_id=MASK,
+        maskable=maskable,
+        attention_mask=real,
+        time=times,
+        weight=weight,  # type: ignore[arg-type]
+        normalise=normalise,  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(5),
+    )
     z = corrupt(x0, times, LOGLINEAR, MASK, maskable, torch.Generator().manual_seed(5)).z
     logprobs = subs_logprobs(random_model(z, real), z, MASK)
     rows, nelbo, masked = [], [], 0
@@ -105,8 +113,12 @@ def test_loss_equals_its_formula(normalise: str, weight: str):
 def test_a_batch_where_nothing_was_masked_has_zero_loss_with_a_gradient():
     weight = torch.ones((), requires_grad=True)
     out = diffusion_loss(
-        lambda z, mask: random_model(z, mask) * weight, tokens(2, 4), schedule=LOGLINEAR, mask_id=MASK, time=torch.full((2,), 1e-9),
-    )  # fmt: skip
+        lambda z, mask: random_model(z, mask) * weight,
+        tokens(2, 4),
+        schedule=LOGLINEAR,
+        mask_id=MASK,
+        time=torch.full((2,), 1e-9),
+    )
     out.loss.backward()
     assert float(out.loss.detach()) == 0
     assert weight.grad == 0
@@ -142,7 +154,10 @@ def test_three_forms_of_the_bound_are_equal():
     schedule = NoiseSchedule(eps=0.0)
     t = torch.from_numpy((x16 + 1) / 2)
     p, w = 1 - schedule.alpha(t), schedule.weight(t)
-    integral = sum(float((torch.from_numpy(w16) / 2 * w * p ** len(s) * (1 - p) ** (length - len(s))).sum()) * v for s, v in by_subset.items())  # fmt: skip
+    integral = sum(
+        float((torch.from_numpy(w16) / 2 * w * p ** len(s) * (1 - p) ** (length - len(s))).sum()) * v
+        for s, v in by_subset.items()
+    )
     assert any_order == pytest.approx(by_size, rel=1e-12)
     assert any_order == pytest.approx(integral, rel=1e-12)
 
@@ -151,8 +166,13 @@ def test_three_forms_of_the_bound_are_equal():
         return table[(z * 4 ** torch.arange(length)).sum(1)]
 
     draws = diffusion_loss(
-        network, x.expand(20_000, -1), schedule=LOGLINEAR, mask_id=mask_id, time_eps=1e-5, generator=torch.Generator().manual_seed(0)
-    ).nelbo_nats  # fmt: skip
+        network,
+        x.expand(20_000, -1),
+        schedule=LOGLINEAR,
+        mask_id=mask_id,
+        time_eps=1e-5,
+        generator=torch.Generator().manual_seed(0),
+    ).nelbo_nats
     assert abs(float(draws.mean()) + any_order) < 4 * float(draws.std()) / math.sqrt(20_000)
 
 
@@ -172,13 +192,21 @@ def loss_of(**change):
         ({"time": torch.zeros(2)}, ValueError, "0 < t"),
         ({"maskable": torch.zeros(2, 4, dtype=torch.bool)}, ValueError, "nothing to score"),
         ({"maskable": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "maskable"),
-        ({"maskable": torch.ones(2, 4, dtype=torch.bool), "attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, ValueError, "padded"),
+        (
+            {"maskable": torch.ones(2, 4, dtype=torch.bool), "attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)},
+            ValueError,
+            "padded",
+        ),
         ({"attention_mask": torch.ones(2, 5)}, ValueError, "attention_mask"),
         ({"model": lambda z, m: torch.zeros(2, 3, V)}, ValueError, "logits"),
-        ({"model": lambda z, m: torch.full((2, 4, V), torch.nan), "time": torch.ones(2)}, FloatingPointError, "row 0, position 0"),
+        (
+            {"model": lambda z, m: torch.full((2, 4, V), torch.nan), "time": torch.ones(2)},
+            FloatingPointError,
+            "row 0, position 0",
+        ),
         ({"model": None}, TypeError, "callable"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_says_what_was_expected(change: dict, error: type[Exception], says: str):
     with pytest.raises(error, match=says):
         loss_of(**change)

@@ -1,11 +1,13 @@
 """The method on the real hybrid backbone."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from latentcot import diffusion_reasoning
 from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.diffusion_reasoning import BackboneDenoiser, MaskedDiffusion, diffusion_generate, low_confidence
 from latentcot.reasoner import (
@@ -68,7 +70,7 @@ def test_the_canvas_reads_steps_marker_answer_and_ends():
     text = reasoner._text(data)
     assert text.ids.shape == (6, CANVAS) == (6, reasoner.canvas_tokens(LIMITS))
     for row in range(6):
-        expected = data.steps[row][data.step_mask[row]].tolist() + [SPECIAL.ans]
+        expected = [*data.steps[row][data.step_mask[row]].tolist(), SPECIAL.ans]
         expected += data.answer_ids[row][data.answer_mask[row]].tolist()
         expected += [SPECIAL.eos] * (CANVAS - len(expected))
         assert text.ids[row].tolist() == expected
@@ -187,7 +189,7 @@ def test_the_price_is_counted():
         assert out.sequential_passes.tolist() == [min(steps, CANVAS)] * 5
         length = prompts.mask.sum(1).double() + 1 + CANVAS
         one_pass = FlopCounter(reasoner.backbone, directions=2)(length, head=length)
-        assert torch.equal(out.flops, one_pass * min(steps, CANVAS))
+        torch.testing.assert_close(out.flops, one_pass * min(steps, CANVAS), rtol=0, atol=0)
         for text, emitted in zip(out.info["text"].tolist(), out.tokens_emitted.tolist(), strict=True):
             assert emitted == (text.index(SPECIAL.eos) + 1 if SPECIAL.eos in text else CANVAS)
     assert int(reasoner.answer(prompts, AnswerLimits(sequential_passes=2)).sequential_passes.max()) == 2
@@ -292,3 +294,10 @@ def test_wrong_calls_are_refused():
     small = HybridForCausalLM(HybridConfig(vocab_size=5, hidden_size=32, num_hidden_layers=1, mixer="gla"))
     with pytest.raises(ValueError, match="mask_id"):
         MaskedDiffusion(small)
+
+
+def test_the_example_of_the_readme_works_as_written(capsys: pytest.CaptureFixture):
+    readme = Path(diffusion_reasoning.__file__).parent / "README.md"
+    code = readme.read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, str(readme), "exec"), {})
+    assert "torch.Size([8, 12])" in capsys.readouterr().out

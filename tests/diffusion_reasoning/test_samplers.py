@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_every_revealed_token_but_one_a_pass_reaches_the_threshold():
     several = 0
     for _ in range(20):
         steps, _ = recorded(low_confidence(8, threshold=0.4), tokens(1, 4))
-        for before, after in zip(steps[:-1], steps[1:], strict=True):
+        for before, after in pairwise(steps):
             new = ((before == MASK) & (after != MASK)).nonzero().squeeze(1)
             logits = network(before[None], torch.ones(1, 12).bool())[0]
             logits[:, MASK] = -torch.inf
@@ -167,8 +168,11 @@ def test_left_to_right_reveals_the_next_token_each_pass():
 def test_ties_go_to_the_lower_position():
     seen = []
     diffusion_generate(
-        lambda z, mask: torch.zeros(*z.shape, V), torch.zeros(1, 1, dtype=torch.int64), low_confidence(5), hook=lambda n, r, z: seen.append(z[0])
-    )  # fmt: skip
+        lambda z, mask: torch.zeros(*z.shape, V),
+        torch.zeros(1, 1, dtype=torch.int64),
+        low_confidence(5),
+        hook=lambda n, r, z: seen.append(z[0]),
+    )
     assert [int((z == MASK).nonzero()[0]) for z in seen] == [1, 2, 3, 4, 5]
 
 
@@ -327,7 +331,7 @@ def nan_in_row_one(z: Tensor, mask: Tensor) -> Tensor:
 
 def test_logits_without_a_number_name_pass_and_row():
     ids = torch.ones(2, 2, dtype=torch.int64)
-    with pytest.raises(FloatingPointError, match="NaN.*pass 2, row 1"):
+    with pytest.raises(FloatingPointError, match=r"NaN.*pass 2, row 1"):
         diffusion_generate(nan_in_row_one, ids, low_confidence(4))
     with pytest.raises(FloatingPointError, match="-inf for every token in pass 1, row 0"):
         diffusion_generate(lambda z, m: torch.full((*z.shape, V), -torch.inf), ids, low_confidence(4))
@@ -359,23 +363,38 @@ ONES = torch.ones(2, 3, dtype=torch.int64)
         (lambda: Revise(0), "passes"),
         (lambda: Bernoulli(t_end=1.0), "t_end"),
         (lambda: diffusion_generate(network, ONES, low_confidence(9, steps=2, block_length=3)), "2 given for 3 blocks"),
-        (lambda: diffusion_generate(network, ONES, low_confidence(8, block_length=3, parity="llada")), "does not divide"),
-        (lambda: diffusion_generate(network, ONES, low_confidence(6, steps=3, block_length=3, parity="llada")), "multiple"),
+        (
+            lambda: diffusion_generate(network, ONES, low_confidence(8, block_length=3, parity="llada")),
+            "does not divide",
+        ),
+        (
+            lambda: diffusion_generate(network, ONES, low_confidence(6, steps=3, block_length=3, parity="llada")),
+            "multiple",
+        ),
         (lambda: diffusion_generate(network, ONES, low_confidence()), "maskable"),
         (lambda: diffusion_generate(network, ONES.float(), low_confidence(2)), "int64"),  # type: ignore[arg-type]
         (lambda: diffusion_generate(network, ONES, low_confidence(2), torch.ones(2, 4)), "attention_mask"),
         (lambda: diffusion_generate(network, ONES, low_confidence(2), maskable=torch.ones(2, 4).bool()), "maskable"),
-        (lambda: diffusion_generate(network, ONES, low_confidence(), torch.zeros(2, 3), torch.ones(2, 3).bool()), "padded"),
-        (lambda: diffusion_generate(lambda z, m: torch.zeros(*z.shape, V), ONES, low_confidence(2, mask_id=50)), "mask_id"),
+        (
+            lambda: diffusion_generate(network, ONES, low_confidence(), torch.zeros(2, 3), torch.ones(2, 3).bool()),
+            "padded",
+        ),
+        (
+            lambda: diffusion_generate(lambda z, m: torch.zeros(*z.shape, V), ONES, low_confidence(2, mask_id=50)),
+            "mask_id",
+        ),
         (lambda: diffusion_generate(network, ONES, low_confidence(2), row_seeds=torch.zeros(3)), "row_seeds"),
-        (lambda: diffusion_generate(network, ONES, low_confidence(2), allowed=torch.zeros(2, 5, V).bool()), "no token is left"),
+        (
+            lambda: diffusion_generate(network, ONES, low_confidence(2), allowed=torch.zeros(2, 5, V).bool()),
+            "no token is left",
+        ),
         (lambda: diffusion_generate(network, ONES, low_confidence(2), allowed=torch.ones(2, 3, V).bool()), "allowed"),
         (lambda: posterior(torch.zeros(1, 1, V), torch.zeros(1, 1).long(), 0.5, 0.6, 0.9, MASK), "sigma"),
         (lambda: posterior(torch.zeros(1, 1, V), torch.zeros(1, 1).long(), 0.6, 0.5, 0.0, MASK), "alpha"),
         (lambda: posterior(torch.zeros(1, 1, V), torch.full((1, 1), MASK), 0.5, 0.6, 0.0, MASK), "never predicted"),
         (lambda: quota_table(4, Threshold()), "quota"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_says_what_was_expected(call, says: str):
     with pytest.raises(ValueError, match=says):
         call()

@@ -1,5 +1,7 @@
 """Faults that users of other masked-diffusion projects reported, as cases with values derived by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def test_D_1_quotas_are_made_for_each_block():
     assert quota_table(10, Uniform(), steps=6, block_length=4) == [[2, 2], [2, 2], [1, 1]]
     out, held = run(prompt, low_confidence(10, steps=6, block_length=4, mask_id=MASK))
     left = [int((z[3:] == MASK).sum()) for z in held]
-    assert [a - b for a, b in zip(left, left[1:], strict=False)] == [2, 2, 2, 2, 1, 1]
+    assert [a - b for a, b in pairwise(left)] == [2, 2, 2, 2, 1, 1]
     assert out.nfe.tolist() == [6]
     assert len(held) - 1 == 6
     for finished, z in ((4, held[2]), (8, held[4])):
