@@ -4,7 +4,6 @@ import ast
 import json
 import re
 from collections.abc import Iterator
-from html import escape as escape_html
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,14 @@ def _source_of(root: Path, name: str) -> Path | None:
 
 
 def _api_markdown(name: str, source: Path, tree: ast.Module) -> str:
-    exported = _exported(tree)
     lines = [f"# {name}", ""]
+    exported = _exported(tree)
     if exported:
-        lines += _directive(name, members=exported)
+        homes = _homes(name, source, tree)
+        lines += _directive(name, members=[])
+        for export in exported:
+            if export in homes:  # the rest are sub-packages, which have pages or modules of their own
+                lines += _directive(f"{homes[export]}.{export}", show_root_heading=True, show_root_full_path=False)
     elif source.name == "__init__.py":
         # A package that exports nothing by name: its own docstring, then its modules one by one.
         lines += _directive(name, members=[])
@@ -79,13 +82,38 @@ def _api_markdown(name: str, source: Path, tree: ast.Module) -> str:
 
 
 def _exported(tree: ast.Module) -> list[str]:
-    for node in tree.body:
+    """The literal value of ``__all__``, wherever in the module it is assigned."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             try:
                 return [str(name) for name in ast.literal_eval(node.value)]
             except ValueError:
                 return []
     return []
+
+
+def _homes(name: str, source: Path, tree: ast.Module) -> dict[str, str]:
+    """Exported name -> module that defines it, for names that the package imports at once or on first use."""
+    homes: dict[str, str] = {}
+    if source.name == "__init__.py":
+        for path in sorted(source.parent.glob("*.py")):
+            if path != source:
+                inside = ast.parse(path.read_text(encoding="utf-8"))
+                homes |= dict.fromkeys(_defined(inside), f"{name}.{path.stem}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            homes |= {alias.asname or alias.name: node.module for alias in node.names}
+    return homes | dict.fromkeys(_defined(tree), name)
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
 
 
 def _directive(identifier: str, **options: Any) -> list[str]:
@@ -157,6 +185,8 @@ def _option_row(param: Any) -> str:
         names = ", ".join([*param.opts, *param.secondary_opts])
     default = param.default
     shown = "" if default is None or callable(default) or default in ((), [], False) else f"`{default}`"
+    if isinstance(getattr(param, "show_default", None), str):
+        shown = f"`{param.show_default}`"
     if getattr(param, "required", False):
         shown = "required"
     text = escape_markdown(" ".join((getattr(param, "help", None) or "").replace("``", "`").split()))
@@ -198,47 +228,59 @@ def _after_title(body: str, note: str) -> str:
 
 
 def results_pages(results: Path | None) -> dict[str, str | bytes]:
-    """The page of the quick comparison, with its plots and report when there are any: ``{path: content}``.
+    """The page of the last comparison with its table and plots, and its report beside it: ``{path: content}``.
 
-    ``results`` is the folder that ``latentcot compare`` wrote: the report is ``report.html``, the numbers
-    ``results.json``, the plots every PNG below it.
+    ``results`` is the folder that ``latentcot compare`` wrote: ``table.md``, ``plots/*.png``, ``report.html``,
+    ``results.json``. What is missing is left out; without table and plots the page says how to get them.
     """
-    title = "# Results"
-    if results is None or not results.is_dir():
-        return {"results/index.md": f"{title}\n\n{_NO_RESULTS}\n"}
-    files = {"report.html": results / "report.html", "results.json": results / "results.json"}
-    present = {name: path for name, path in files.items() if path.is_file()}
-    plots = sorted(path for path in results.rglob("*.png") if path.is_file())
-    if not present and not plots:
-        return {"results/index.md": f"{title}\n\n{_NO_RESULTS}\n"}
-    pages: dict[str, str | bytes] = {f"results/{name}": path.read_bytes() for name, path in present.items()}
-    lines = [
-        title,
-        "",
-        "The comparison last run in this checkout: one backbone, one task and one budget for all methods.",
-        "",
-    ]
-    links = [f"[{name}]({name})" for name in present]
-    if links:
-        lines += ["Files: " + " · ".join(links), ""]
+    lines = ["---", "hide: [navigation]", "---", "", "# Results", ""]
+    table = results / "table.md" if results else None
+    plots = sorted((results / "plots").glob("*.png")) if results else []
+    if results is None or table is None or not (table.is_file() or plots):
+        return {"results/index.md": "\n".join([*lines, _NO_RESULTS, ""])}
+    pages: dict[str, str | bytes] = {}
+    for name in ("report.html", "results.json"):
+        if (results / name).is_file():
+            pages[f"results/{name}"] = (results / name).read_bytes()
+    lines += ["The comparison last run in this checkout.", ""]
+    if pages:
+        lines += ["Its files: " + " · ".join(f"[{name}]({name})" for name in map(_base, pages)), ""]
+    figures = []
     for number, plot in enumerate(plots, start=1):
-        name = f"plot-{number:02d}.png"
+        name = f"plot-{number:02d}-{re.sub(r'[^A-Za-z0-9]+', '-', plot.stem)}.png"
         pages[f"results/{name}"] = plot.read_bytes()
-        label = escape_html(plot.stem.replace("_", " ").replace("-", " "))
-        lines += [f"![Plot: {escape_markdown(label)}. The numbers are in the report.]({name})", ""]
+        figures += [f"![{_plot_text(plot.stem)}]({name})", ""]
+    if table.is_file():
+        # Its headings move one level down, below the title of this page.
+        body = re.sub(r"^(#+ )", r"#\1", table.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        title, _, rest = body.strip().partition("\n")
+        lines += [title, "", *figures, rest.strip(), ""]
+    else:
+        lines += figures
     pages["results/index.md"] = "\n".join(lines)
     return pages
 
 
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _plot_text(stem: str) -> str:
+    known = {
+        "accuracy": "Accuracy of each method by difficulty; the numbers are in the table",
+        "cost": "Accuracy of each method against what an answer costs; the numbers are in the table",
+        "loss": "Training loss of each method by optimiser step",
+    }
+    return known.get(stem) or escape_markdown(f"Plot: {stem}")
+
+
 def home_figure(pages: dict[str, str | bytes]) -> str:
     """The one plot of the results for the home page, as Markdown; empty where there is none."""
-    plots = sorted(name for name in pages if name.startswith("results/") and name.endswith(".png"))
+    plots = sorted(name for name in pages if name.startswith("results/plot-"))
     if not plots:
         return ""
-    return (
-        "## The last comparison\n\n"
-        f"[![Plot of the last comparison; its numbers are on the results page.]({plots[0]})](results/index.md)\n"
-    )
+    text = "Plot of the last comparison; its numbers are on the results page"
+    return f"## The last comparison\n\n[![{text}]({plots[0]})](results/index.md)\n"
 
 
 _NO_RESULTS = (

@@ -216,3 +216,22 @@ def test_the_index_works_from_disk(chromium: Any, site_folder: Any) -> None:
     box(opened, "leaf", "vertical/architecture").check()
     assert shown(opened) == with_leaf("vertical/architecture")
     context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_no_violation_of_level_a_or_aa(chromium: Any, site_url: str, width: int, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    paths = [
+        "index", "how-it-works", "getting-started", "papers/index", "papers/taxonomy", "papers/statistics",
+        "paper/2412.06769", "topic/vertical", "topic/vertical/architecture", "reference/cli", "reference/api/reasoner",
+    ]  # fmt: skip
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    opened = context.new_page()
+    found = []
+    for path in paths:
+        opened.goto(f"{site_url}/{path}.html", wait_until="load")
+        result = Axe().run(opened, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]})
+        found += [(path, rule["id"], rule["nodes"][0]["target"]) for rule in result.response["violations"]]
+    context.close()
+    assert found == []

@@ -136,10 +136,20 @@ def test_results_become_a_page_with_plots_report_and_numbers(tmp_path: Path) -> 
     (tmp_path / "plots" / "accuracy.png").write_bytes(b"\x89PNG....")
     (tmp_path / "report.html").write_text("<p>report</p>")
     (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "table.md").write_text(
+        "# Quick comparison\n\n| a |\n| --- |\n| 1 |\n\n## Accuracy by difficulty\n\n.\n"
+    )
     pages = results_pages(tmp_path)
-    assert {"results/report.html", "results/results.json", "results/plot-01.png"} < set(pages)
-    assert "[report.html](report.html)" in str(pages["results/index.md"])
-    assert "results/plot-01.png" in home_figure(pages)
+    assert {"results/report.html", "results/results.json", "results/plot-01-accuracy.png"} < set(pages)
+    text = str(pages["results/index.md"])
+    assert "[report.html](report.html)" in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Results",
+        "## Quick comparison",
+        "### Accuracy by difficulty",
+    ]
+    assert text.index("plot-01-accuracy.png") < text.index("| 1 |")
+    assert "(results/plot-01-accuracy.png)" in home_figure(pages)
     assert home_figure(results_pages(None)) == ""
 
 
