@@ -31,6 +31,7 @@ from latentcot.recurrent_depth.settings import check_count, check_keys, read_val
 from latentcot.sequences import answer, constant, greedy_decode, join, label_loss, prompt, until_stop
 
 ANSWER_SEED = 0
+_NO_LIMITS, _EVERYWHERE = AnswerLimits(), Sites()
 
 
 @register_method("depth_recurrence")
@@ -61,7 +62,7 @@ class DepthRecurrence(DepthLoop):
 
     @torch.no_grad()
     def answer(
-        self, prompts: PromptBatch, limits: AnswerLimits = AnswerLimits(), generator: torch.Generator | None = None
+        self, prompts: PromptBatch, limits: AnswerLimits = _NO_LIMITS, generator: torch.Generator | None = None
     ) -> AnswerOutput:
         """Greedy answers.
 
@@ -131,7 +132,7 @@ class DepthRecurrence(DepthLoop):
         return AnswerOutput(until_stop(out), emitted, passes, flops, {"text": out, "recurrences": first_steps})
 
     @torch.no_grad()
-    def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
+    def trace(self, prompts: PromptBatch, sites: Sites = _EVERYWHERE) -> Trace:
         """Output of each chosen core block after each recurrence, prompt and ``<ans>`` read once: ``hidden [R, layers,
         B, S, D]``.
 

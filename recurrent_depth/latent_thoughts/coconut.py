@@ -58,6 +58,7 @@ from latentcot.sequences import (
 from latentcot.training.budget import FlopCounter
 
 ANSWER_SEED = 0
+_NO_LIMITS, _EVERYWHERE = AnswerLimits(), Sites()
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Curriculum)}
 
 
@@ -177,7 +178,7 @@ class LatentReasoner(Reasoner):
 
     @torch.no_grad()
     def answer(
-        self, prompts: PromptBatch, limits: AnswerLimits = AnswerLimits(), generator: torch.Generator | None = None
+        self, prompts: PromptBatch, limits: AnswerLimits = _NO_LIMITS, generator: torch.Generator | None = None
     ) -> AnswerOutput:
         """Think in the slots of the last stage, then decode greedily.
 
@@ -237,7 +238,7 @@ class LatentReasoner(Reasoner):
         return AnswerOutput(ids, decoded.emitted, decoded.emitted + passes, flops, info)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
+    def trace(self, prompts: PromptBatch, sites: Sites = _EVERYWHERE) -> Trace:
         """Hidden states at the slots of the last stage: ``hidden [n, layers, B, 1, D]``, one step a slot, after each
         chosen block.
 
