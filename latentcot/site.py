@@ -28,7 +28,7 @@ from latentcot.site_notebooks import NotebookError, NotebookMode, RenderedNotebo
 MARKER = ".latentcot-site"
 DEFAULT_RESULTS = Path("out/quickstart")
 _RESULTS_MARK = "<!-- results -->"  # in docs/index.md: the figure of the last comparison goes here
-_HAND_WRITTEN = ("*.md", "*.css", "*.js", "*.svg", "*.png")
+_HAND_WRITTEN = ("*.md", "*.css", "*.js", "*.svg", "*.png", "*.json", "*.csv")
 
 
 class SiteError(RuntimeError):
@@ -97,7 +97,9 @@ def build_site(
     source = work / "site-src"
     _write_tree(root / "docs", pages, source)
     say(f"building {sum(name.endswith('.md') for name in pages)} pages")
-    warnings = _run_mkdocs(root, source, output, _navigation(settings["nav"], pages, rendered), strict, say)
+    warnings = _run_mkdocs(
+        root, source, output, _navigation(settings["nav"], root / "docs", pages, rendered), strict, say
+    )
     count = sum(1 for _ in output.rglob("*.html"))
     return SiteReport(output, count, time.monotonic() - started, tuple(warnings))
 
@@ -112,7 +114,7 @@ def _check_output(output: Path, root: Path) -> None:
 
 
 def _need_extras(root: Path, notebooks: NotebookMode) -> None:
-    needed = ["mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python"]
+    needed = ["mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python", "latex2mathml"]
     if notebooks != "none" and any((root / "notebooks").glob("*.ipynb")):
         needed += ["nbconvert", "nbclient", "ipykernel"]
     for name in needed:
@@ -215,15 +217,20 @@ def _swap(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _navigation(nav: list[Any], pages: dict[str, str | bytes], rendered: list[RenderedNotebook]) -> list[Any]:
-    """The navigation of ``mkdocs.yml`` with the notebooks and the API pages added to their sections."""
-    more = {
+def _navigation(
+    nav: list[Any], docs: Path, pages: dict[str, str | bytes], rendered: list[RenderedNotebook]
+) -> list[Any]:
+    """The navigation of ``mkdocs.yml`` with notebooks, API pages and further hand-written pages in their sections."""
+    written = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
+    placed = str(nav)
+    more: dict[str, list[Any]] = {
         "Learn": [{notebook.title: f"learn/{notebook.name}/index.md"} for notebook in rendered],
         "Reference": [
             {name: f"{site_pages.api_page(name)}.md"}
             for name in site_pages.API_PACKAGES
             if f"{site_pages.api_page(name)}.md" in pages
         ],
+        "Project": [path for path in written if f"'{path}'" not in placed and not path.startswith("theme/")],
     }
     result = []
     for entry in nav:

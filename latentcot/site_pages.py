@@ -202,12 +202,13 @@ def notebook_pages(notebooks: list[RenderedNotebook]) -> dict[str, str | bytes]:
         "Tutorials are notebooks: they run on a laptop's CPU, and the tests run them from top to bottom.",
         "",
     ]
+    names = {notebook.source.name for notebook in notebooks}
     for notebook in notebooks:
         lines.append(f"- [{escape_markdown(notebook.title)}]({notebook.name}/index.md)")
         executed = not notebook.folder.name.endswith("-source")
         how = "run with `QUICK=1`, as the tests do" if executed else "shown without outputs, not run for this copy"
         note = f"[Download this notebook]({notebook.source.name}) · {how}. `make lab` opens it for you to change."
-        body = (notebook.folder / "page.md").read_text(encoding="utf-8")
+        body = _site_links((notebook.folder / "page.md").read_text(encoding="utf-8"), names)
         pages[f"learn/{notebook.name}/index.md"] = _after_title(body, note)
         pages[f"learn/{notebook.name}/{notebook.source.name}"] = notebook.source.read_bytes()
         for figure in notebook.folder.iterdir():
@@ -217,6 +218,16 @@ def notebook_pages(notebooks: list[RenderedNotebook]) -> dict[str, str | bytes]:
         lines.append("This copy of the site was built without notebooks; `make lab` opens those of a checkout.")
     pages["learn/index.md"] = "\n".join(lines) + "\n"
     return pages
+
+
+def _site_links(body: str, notebooks: set[str]) -> str:
+    """A notebook's links to hand-written pages and to other notebooks, as they are on the site."""
+    body = re.sub(r"\]\(\.\./docs/([^)\s]+\.md(?:#[^)\s]*)?)\)", r"](../../\1)", body)
+
+    def other(match: re.Match[str]) -> str:
+        return f"](../{match[1][:-6]}/index.md)" if match[1] in notebooks else match[0]
+
+    return re.sub(r"\]\((?:\./)?([\w.-]+\.ipynb)\)", other, body)
 
 
 def _after_title(body: str, note: str) -> str:

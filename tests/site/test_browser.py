@@ -222,15 +222,17 @@ def test_the_index_works_from_disk(chromium: Any, site_folder: Any) -> None:
 def test_axe_finds_no_violation_of_level_a_or_aa(chromium: Any, site_url: str, width: int, scheme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
+    # The index with a filter: the same form, and not 773 entries of one kind to look at.
     paths = [
-        "index", "how-it-works", "getting-started", "papers/index", "papers/taxonomy", "papers/statistics",
-        "paper/2412.06769", "topic/vertical", "topic/vertical/architecture", "reference/cli", "reference/api/reasoner",
+        "index.html", "how-it-works.html", "getting-started.html", "papers/index.html?leaf=horizontal/conversion",
+        "papers/taxonomy.html", "papers/statistics.html", "paper/2412.06769.html", "topic/vertical.html",
+        "topic/horizontal/conversion.html", "reference/cli.html", "reference/api/reasoner.html",
     ]  # fmt: skip
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     opened = context.new_page()
     found = []
     for path in paths:
-        opened.goto(f"{site_url}/{path}.html", wait_until="load")
+        opened.goto(f"{site_url}/{path}", wait_until="load")
         result = Axe().run(opened, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]})
         found += [(path, rule["id"], rule["nodes"][0]["target"]) for rule in result.response["violations"]]
     context.close()

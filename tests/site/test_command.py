@@ -61,6 +61,17 @@ def test_a_folder_that_is_not_a_site_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_hand_written_pages_without_a_place_join_the_project_section(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("index.md", "design.md", "benchmarks/h100.md"):
+        (tmp_path / name).write_text("# x\n")
+    nav = [{"Home": "index.md"}, {"Project": [{"Design": "design.md"}]}]
+    assert site_module._navigation(nav, tmp_path, {}, []) == [
+        {"Home": "index.md"},
+        {"Project": [{"Design": "design.md"}, "benchmarks/h100.md"]},
+    ]
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = site_module.find_spec
     monkeypatch.setattr(site_module, "find_spec", lambda name: None if name == "material" else real(name))
@@ -121,6 +132,34 @@ def test_a_notebook_that_raises_is_named_with_its_error(tmp_path: Path) -> None:
     with pytest.raises(NotebookError, match=r"bad\.ipynb: a cell raised ValueError: accuracy 0\.2 is below 0\.9"):
         render_notebooks(tmp_path / "notebooks", tmp_path / "cache", "execute")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_links_of_a_notebook_lead_to_pages_of_the_site(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "01_a.ipynb", "1")
+    write_notebook(tmp_path / "02_b.ipynb", "2")
+    text = (
+        (tmp_path / "01_a.ipynb")
+        .read_text()
+        .replace("Text.", "[how](../docs/how-it-works.md#one-protocol) [b](02_b.ipynb)")
+    )
+    (tmp_path / "01_a.ipynb").write_text(text)
+    page = notebook_pages(render_notebooks(tmp_path, tmp_path / "cache", "source"))["learn/01_a/index.md"]
+    assert "[how](../../how-it-works.md#one-protocol) [b](../02_b/index.md)" in str(page)
+    assert "[Download this notebook](01_a.ipynb)" in str(page)
+
+
+def test_formulas_become_mathml_and_bad_ones_stay_as_tex() -> None:
+    markdown = pytest.importorskip("markdown")
+    extensions = ["pymdownx.arithmatex", "latentcot.site_math"]
+    render = markdown.Markdown(
+        extensions=extensions, extension_configs={"pymdownx.arithmatex": {"generic": True}}
+    ).convert
+    text = render("The state $S_t = a_t S_{t-1}$ and `$x$` and\n\n$$o_t < q_t S_t$$\n\nbroken $x^a^b<c$ end")
+    assert text.count("<math") == 2
+    assert 'display="block"' in text
+    assert "<msub><mi>S</mi><mi>t</mi></msub>" in text
+    assert "<code>$x$</code>" in text
+    assert "<code>x^a^b&lt;c</code>" in text
 
 
 def test_a_file_that_is_no_notebook_is_named(tmp_path: Path) -> None:
