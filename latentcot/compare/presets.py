@@ -59,7 +59,7 @@ def quickstart() -> Comparison:
         name="quickstart",
         title="Products in S3: thinking out loud, in hidden states, or not at all",
         task="group",
-        task_config={"group": "S3", "min_difficulty": 2, "max_difficulty": 9},
+        task_config={"group": "S3", "min_difficulty": 2, "max_difficulty": 9, "width": 9},
         evaluate_to=16,
         backbone={
             "hidden_size": 64,

@@ -108,6 +108,8 @@ class Task(ABC):
     config_type: ClassVar[type[TaskConfig]]
     attempts: ClassVar[int] = 1000
     """Objects of the wanted difficulty that are tried for one example before giving up."""
+    layout_options: ClassVar[tuple[str, ...]] = ()
+    """Options that change how an example is written, and not which examples there are."""
     draws_per_attempt: ClassVar[int] = 1
     """How many raw draws an attempt may take on average; above 1 where a draw has a difficulty of its own."""
 
@@ -264,7 +266,7 @@ class Task(ABC):
     # -- how it is done ----------------------------------------------------------------------------------------
 
     def _series_key(self, split: Split, difficulty: int | None) -> int:
-        options = asdict(self.config)
+        options = {name: value for name, value in asdict(self.config).items() if name not in self.layout_options}
         if difficulty is not None:
             options |= {"min_difficulty": difficulty, "max_difficulty": difficulty}
         return digest64(_SCHEME, "series", self.name, options, split, difficulty is None)

@@ -10,7 +10,7 @@ constant-depth shortcut is known.
 
 Layout (d = k elements)::
 
-    prompt   <bos> g_1 ... g_k
+    prompt   <bos> g_1 ... g_k                  and <sep>s up to ``width`` places, where one is set
     steps    p_2 | p_3 | ... | p_k              one token each; none when k = 1
     answer   p_k                                form "final"
              p_1 p_2 ... p_k                    form "tag"
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from latentcot.reasoner import SPECIAL, TaskBatch, TaskLimits
-from latentcot.tasks.base import Example, Latents, Rows, Task, TaskConfig
+from latentcot.tasks.base import Example, Latents, Rows, Task, TaskConfig, check_integer
 from latentcot.tasks.counter import Draws, Integers, Words
 from latentcot.tasks.vocabulary import Vocabulary
 
@@ -92,6 +92,9 @@ class GroupConfig(TaskConfig):
         group: see :func:`make_group`.
         form: ``"final"`` asks for the whole product, ``"tag"`` for the running product at every position.
         generators_only: draw generators instead of all elements.
+        width: places of a prompt: shorter sequences are filled with ``<sep>`` behind their elements, longer ones stay as they
+            are. With it, element i and running product i stand equally far apart whatever the length, which is far easier to
+            learn; 0 = no filling.
     """
 
     group: str = "S3"
@@ -99,6 +102,7 @@ class GroupConfig(TaskConfig):
     min_difficulty: int = 2
     max_difficulty: int = 9
     generators_only: bool = False
+    width: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +113,7 @@ class GroupConfig(TaskConfig):
         if self.generators_only and len(make_group(self.group).generators) < 2:
             raise ValueError(f"generators_only: {self.group} has one generator, so all sequences would be the same")
         make_group(self.group)
+        check_integer("width", self.width, 0, 4096)
 
 
 class GroupTask(Task):
@@ -116,6 +121,7 @@ class GroupTask(Task):
 
     name = "group"
     config_type = GroupConfig
+    layout_options = ("width",)
     config: GroupConfig
 
     @property
@@ -132,7 +138,7 @@ class GroupTask(Task):
         longest = self.config.max_difficulty
         return TaskLimits(
             vocab_size=len(self.vocabulary),
-            prompt_tokens=1 + longest,
+            prompt_tokens=1 + max(longest, self.config.width),
             steps=longest - 1,
             step_tokens=1,
             answer_tokens=1 if self.config.form == "final" else longest,
@@ -157,14 +163,19 @@ class GroupTask(Task):
         symbols = np.where(absent, -1, elements + SPECIAL.count)
         labels = np.where(absent, -1, products + SPECIAL.count)
         final = labels[np.arange(n), length - 1][:, None]
+        places = np.full((n, 1 + max(longest, self.config.width)), -1)
+        places[:, 0] = SPECIAL.bos
+        places[:, 1 : 1 + longest] = symbols
+        filled = places[:, 1 : 1 + self.config.width]
+        filled[filled < 0] = SPECIAL.sep
         return Rows(
-            prompt=np.concatenate((np.full((n, 1), SPECIAL.bos), symbols), axis=1),
+            prompt=places,
             steps=labels[:, 1:, None],
             answer=final if self.config.form == "final" else labels,
         )
 
     def _elements(self, example: Example) -> list[str]:
-        return list(self.vocabulary.decode(example.prompt_ids[1:]))
+        return list(self.vocabulary.decode(t for t in example.prompt_ids if t >= SPECIAL.count))
 
     def oracle(self, example: Example) -> tuple[int, ...]:
         """Follow each point through the permutations (or add the numbers), from the symbols' names and no table."""
@@ -184,14 +195,15 @@ class GroupTask(Task):
 
     def canonical(self, example: Example) -> tuple[int, ...]:
         """The sequence of element numbers."""
-        return tuple(token - SPECIAL.count for token in example.prompt_ids[1:])
+        return tuple(token - SPECIAL.count for token in example.prompt_ids if token >= SPECIAL.count)
 
     def chance(self, batch: TaskBatch) -> Tensor:
         return torch.full((len(batch),), 1.0 / len(self.group), dtype=torch.float64) ** batch.answer_mask.sum(1)
 
     def guesses(self, batch: TaskBatch) -> dict[str, Tensor]:
         """``last_element`` as if it were the product, and ``last_two``, the product of the last two elements alone."""
-        ids, mask = batch.prompts.ids[:, 1:], batch.prompts.mask[:, 1:]
+        ids = batch.prompts.ids[:, 1:]
+        mask = ids >= SPECIAL.count
         elements = (ids - SPECIAL.count).clamp(min=0)
         table = torch.from_numpy(self.group.table)
         last_two = elements.clone()

@@ -15,6 +15,7 @@ from latentcot.tasks import SPLITS, Task, TaskConfig, make_task
 
 VARIANTS = {
     "group-S3": ("group", {}),
+    "group-S3-filled": ("group", {"width": 7}),
     "group-S5-tag": ("group", {"group": "S5", "form": "tag", "max_difficulty": 12}),
     "group-A5": ("group", {"group": "A5"}),
     "group-Z60-generators": (

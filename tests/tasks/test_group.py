@@ -143,3 +143,17 @@ def test_unknown_groups_are_refused(name):
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         make_task("group", **options)
+
+
+def test_filled_prompts_hold_the_same_examples_at_fixed_places():
+    plain, filled = (make_task("group", width=w) for w in (0, 7))
+    for split in ("train", "test"):
+        a, b = plain.batch(split, range(40)), filled.batch(split, range(40))
+        assert torch.equal(a.answer_ids, b.answer_ids)
+        assert torch.equal(a.steps, b.steps)
+        for row in range(40):
+            short, long = plain.example(split, row).prompt_ids, filled.example(split, row).prompt_ids
+            assert long == short + (SPECIAL.sep,) * (8 - len(short))
+        assert b.prompts.mask[:, :8].all()
+    assert filled.limits.prompt_tokens == plain.limits.prompt_tokens == 10
+    assert make_task("group", max_difficulty=4, width=7).limits.prompt_tokens == 8
