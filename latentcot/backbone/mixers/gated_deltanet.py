@@ -27,6 +27,7 @@ from latentcot.backbone.state import LayerState
 from latentcot.kernels import Bidirectional, delta_rule, l2_norm, short_convolution
 
 DT_MIN, DT_MAX, DT_FLOOR = 0.001, 0.1, 1e-4
+GATE_START = 1.5  # logistic 0.82: a head sees mostly one direction at first
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class GatedDeltaNetOptions:
         conv_size: window W of the short convolution.
         use_gate: output gate silu(z).
         allow_neg_eigval: beta in (0, 2) instead of (0, 1).
-        combine: how the two directions join when run bidirectionally: ``average`` or ``gate`` (a parameter a head).
+        combine: how the two directions join when run bidirectionally: ``average``, or ``gate``, a parameter a head. An average
+            can not tell what stood before a token from what stood behind it (reversing the input reverses the output), so that only
+            attention layers know; gates start with every other head facing backwards.
     """
 
     num_heads: int = 4
@@ -107,7 +110,8 @@ class GatedDeltaNet(Mixer):
         dt = torch.empty(self.v_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
         initialization.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         if self.options.combine == "gate":
-            initialization.zeros_(self.direction)
+            facing = torch.arange(self.v_heads) % 2 == 0
+            initialization.copy_(self.direction, torch.where(facing, GATE_START, -GATE_START))
 
     def forward(
         self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
