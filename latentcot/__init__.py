@@ -6,7 +6,20 @@ Importing this package loads nothing heavy: sub-modules (and with them torch) lo
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and completion; at run time each loads when it is first asked for
+    from latentcot import (
+        backbone,
+        catalog,
+        compare,
+        diffusion_reasoning,
+        kernels,
+        reasoner,
+        recurrent_depth,
+        tasks,
+        training,
+    )
 
 __all__ = [
     "backbone",
@@ -29,7 +42,9 @@ except PackageNotFoundError:  # a checkout that was never installed
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return import_module(f"latentcot.{name}")
-    raise AttributeError(f"module 'latentcot' has no attribute {name!r}; its public sub-modules are {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'latentcot' has no attribute {name!r}; its public sub-modules are {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

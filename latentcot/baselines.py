@@ -25,7 +25,6 @@ from latentcot.reasoner import (
 )
 from latentcot.sequences import (
     Segment,
-    answer,
     answer_after_marker,
     constant,
     greedy_decode,
@@ -33,6 +32,7 @@ from latentcot.sequences import (
     label_loss,
     prompt,
     steps,
+    training_rows,
     until_stop,
     written_step_tokens,
 )
@@ -54,15 +54,7 @@ class TokenReasoner(Reasoner):
         return [] if self.writes_thinking else [constant(prompts.ids, SPECIAL.ans)]
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
-        row = join(
-            [
-                prompt(batch.prompts),
-                *self.thinking(batch, ctx.phase),
-                constant(batch.answer_ids, SPECIAL.ans, learn=self.writes_thinking),
-                answer(batch),
-                constant(batch.answer_ids, SPECIAL.eos, learn=True),
-            ]
-        )
+        row = training_rows(batch, self.thinking(batch, ctx.phase), learn_marker=self.writes_thinking)
         loss = label_loss(self.backbone(input_ids=row.ids, attention_mask=row.mask).logits, row.labels)
         lengths = row.mask.sum(1).double()
         flops = FlopCounter(self.backbone)(lengths, head=lengths)
@@ -82,14 +74,17 @@ class TokenReasoner(Reasoner):
         ids = answer_after_marker(decoded.ids, size) if self.writes_thinking else until_stop(decoded.ids)
         count = FlopCounter(self.backbone)
         given = start.mask.sum(1).double()
-        flops = count(given, head=1) + count(decoded.emitted.double() - 1, past=given, head=decoded.emitted.double() - 1)
+        flops = count(given, head=1) + count(
+            decoded.emitted.double() - 1, past=given, head=decoded.emitted.double() - 1
+        )
         return AnswerOutput(ids, decoded.emitted, decoded.emitted.clone(), flops, {"text": decoded.ids})  # type: ignore[arg-type]
 
     @torch.no_grad()
     def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:
         """Hidden states after each chosen block, one step: the prompt (and what an answer starts from) read once."""
         start = join([prompt(prompts), *self.given(prompts)])
-        context = SequenceContext.build(*start.ids.shape, start.ids.device, attention_mask=start.mask)
+        batch, length = start.ids.shape
+        context = SequenceContext.build(batch, length, start.ids.device, attention_mask=start.mask)
         wanted = range(len(self.backbone.model.layers)) if sites.blocks is None else sites.blocks
         hidden, recorded = self.backbone.embed(start.ids), []
         for block in range(len(self.backbone.model.layers)):

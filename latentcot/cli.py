@@ -36,15 +36,21 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     """Latent reasoning in language models."""
 
 
 @app.command("compare")
 def compare_command(
-    preset: Annotated[str, typer.Argument(help="Name of the comparison; `quickstart` takes minutes on two CPU cores.")] = "quickstart",
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; default out/PRESET. Run again: it continues there.")] = None,
+    preset: Annotated[
+        str, typer.Argument(help="Name of the comparison; `quickstart` takes minutes on two CPU cores.")
+    ] = "quickstart",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default out/PRESET. Run again: it continues there.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Training seeds for every method.")] = 1,
     methods: Annotated[str | None, typer.Option(help="Comma-separated methods instead of the preset's.")] = None,
     task: Annotated[str | None, typer.Option(help="Another task instead of the preset's.")] = None,
@@ -83,7 +89,9 @@ def tasks_command(
     console = Console()
     if name is None:
         for known in task_names():
-            summary = next(line.strip() for line in (type(make_task(known)).__doc__ or known).splitlines() if line.strip())
+            summary = next(
+                line.strip() for line in (type(make_task(known)).__doc__ or known).splitlines() if line.strip()
+            )
             console.print(f"[bold]{known}[/bold]  {escape(summary)}", highlight=False)
         return
     task = make_task(name)
@@ -96,7 +104,8 @@ def tasks_command(
         console.print(f"  steps   {escape(' | '.join(words(step) for step in example.steps))}", highlight=False)
         console.print(f"  answer  {escape(words(example.answer_ids))}", highlight=False)
     console.print(
-        f"chance {baselines['chance']:.3f}, best heuristic {baselines['heuristic']:.3f} ({baselines.heuristic_name}), on 500 examples", highlight=False
+        f"chance {baselines['chance']:.3f}, best heuristic {baselines['heuristic']:.3f} ({baselines.heuristic_name}), on 500 examples",
+        highlight=False,
     )
 
 

@@ -296,8 +296,12 @@ class Reasoner(nn.Module):
             raise ValueError(f"{folder}: weights do not fit method {method!r}; differing keys: {differing[:8]}")
         wrong = [k for k, v in weights.items() if v.shape != expected[k].shape]
         if wrong:
-            raise ValueError(f"{folder}: shapes differ for {[(k, tuple(weights[k].shape), tuple(expected[k].shape)) for k in wrong[:4]]}")
-        reasoner.load_state_dict(weights, strict=False)  # tied tensors are stored once; the key sets were compared above
+            raise ValueError(
+                f"{folder}: shapes differ for {[(k, tuple(weights[k].shape), tuple(expected[k].shape)) for k in wrong[:4]]}"
+            )
+        reasoner.load_state_dict(
+            weights, strict=False
+        )  # tied tensors are stored once; the key sets were compared above
         return reasoner  # type: ignore[return-value]
 
 
@@ -306,7 +310,7 @@ def unique_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[tuple[int, tuple[int, ...], int]] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.storage_offset())
+        place = (tensor.data_ptr(), tuple(tensor.shape), int(tensor.storage_offset()))
         if tensor.numel() and place in seen:
             continue
         seen.add(place)

@@ -93,6 +93,13 @@ def join(segments: Sequence[Segment], side: str = "right") -> Joined:
     return Joined(ids, mask, ids.masked_fill(~learned, IGNORED), number.masked_fill(~mask, -1))
 
 
+def training_rows(batch: TaskBatch, thinking: Sequence[Segment] = (), learn_marker: bool = False) -> Joined:
+    """``prompt | thinking | <ans> | answer | <eos>``, answer and ``<eos>`` learned; ``<ans>`` too where the model writes it itself."""
+    marker = constant(batch.answer_ids, SPECIAL.ans, learn=learn_marker)
+    end = constant(batch.answer_ids, SPECIAL.eos, learn=True)
+    return join([prompt(batch.prompts), *thinking, marker, answer(batch), end])
+
+
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of label i + 1 given position i over labels that are not -100. Only scored positions meet the
     vocabulary-wide softmax."""
@@ -112,7 +119,12 @@ class Decoded:
 
 @torch.no_grad()
 def greedy_decode(
-    model: HybridForCausalLM, logits: Tensor, state: ModelState, max_tokens: int, stop: int = SPECIAL.eos, budget: Tensor | None = None
+    model: HybridForCausalLM,
+    logits: Tensor,
+    state: ModelState,
+    max_tokens: int,
+    stop: int = SPECIAL.eos,
+    budget: Tensor | None = None,
 ) -> Decoded:
     """Emit the likeliest token until ``stop``, one pass a token.
 
@@ -135,7 +147,9 @@ def greedy_decode(
         active = active & (token != stop) & (emitted < limit)
         if not bool(active.any()) or position + 1 == max_tokens:
             break
-        output = model(input_ids=torch.where(active, token, SPECIAL.pad)[:, None], attention_mask=active[:, None], state=state)
+        output = model(
+            input_ids=torch.where(active, token, SPECIAL.pad)[:, None], attention_mask=active[:, None], state=state
+        )
         logits, state = output.logits[:, -1], output.state
     return Decoded(out, emitted, state)
 

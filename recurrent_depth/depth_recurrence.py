@@ -28,7 +28,7 @@ from latentcot.reasoner import (
 from latentcot.recurrent_depth.exit_rule import ExitRule
 from latentcot.recurrent_depth.loop import DepthLoop
 from latentcot.recurrent_depth.settings import check_count, check_keys, read_value
-from latentcot.sequences import answer, constant, greedy_decode, join, label_loss, prompt, until_stop
+from latentcot.sequences import constant, greedy_decode, join, label_loss, prompt, training_rows, until_stop
 
 ANSWER_SEED = 0
 _NO_LIMITS, _EVERYWHERE = AnswerLimits(), Sites()
@@ -45,14 +45,7 @@ class DepthRecurrence(DepthLoop):
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
         """Next-token loss on answer and ``<eos>``. ``parts`` also says how many recurrences were drawn."""
-        row = join(
-            [
-                prompt(batch.prompts),
-                constant(batch.answer_ids, SPECIAL.ans),
-                answer(batch),
-                constant(batch.answer_ids, SPECIAL.eos, learn=True),
-            ]
-        )
+        row = training_rows(batch)
         r = self.sampler.at_step(ctx.step)
         output = self.recur(row.ids, r, attention_mask=row.mask, generator=ctx.generator, window=self.window)
         loss = label_loss(output.logits, row.labels)

@@ -68,7 +68,11 @@ class HybridConfig(PreTrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ):
-        for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size), ("num_hidden_layers", num_hidden_layers)):
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("num_hidden_layers", num_hidden_layers),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if norm_placement not in NORM_PLACEMENTS:
@@ -92,21 +96,17 @@ class HybridConfig(PreTrainedConfig):
         self.gated_deltanet = asdict(make_options("gated_deltanet", dict(gated_deltanet or {})))
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
-        # A base class that fills in its own fields must not have touched ours.
+        super().__init__(**kwargs)
+        # Behind the base class, which has fields of these names with defaults of its own.
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
 
     @property
     def fingerprint(self) -> str:
         """Short name of everything that shapes a state: a state made by another architecture is refused."""
-        shape = {"D": self.hidden_size, "mixers": self.mixers} | {name: getattr(self, name) for name in sorted(set(self.mixers))}
+        shape = {"D": self.hidden_size, "mixers": self.mixers} | {
+            name: getattr(self, name) for name in sorted(set(self.mixers))
+        }
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -134,7 +134,11 @@ def expand_pattern(
         return list(mixers)
     given = {
         name: value
-        for name, value in (("period", period), ("linear_per_full", linear_per_full), ("attention_layers", attention_layers))
+        for name, value in (
+            ("period", period),
+            ("linear_per_full", linear_per_full),
+            ("attention_layers", attention_layers),
+        )
         if value is not None
     }
     if len(given) > 1:
@@ -142,7 +146,9 @@ def expand_pattern(
     every = period if period is not None else (linear_per_full + 1 if linear_per_full is not None else None)
     if every is not None:
         if not 1 <= every <= layers:
-            raise ValueError(f"layer pattern: {given} makes no layer of {layers} full attention; the period must be within 1..{layers}")
+            raise ValueError(
+                f"layer pattern: {given} makes no layer of {layers} full attention; the period must be within 1..{layers}"
+            )
         full = {i for i in range(layers) if (i + 1) % every == 0}
     else:
         full = set(attention_layers or [])

@@ -8,6 +8,7 @@ Three ways to put sequences of different lengths into one call:
 * carrying: a :class:`~latentcot.backbone.state.ModelState` of the tokens before.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -67,7 +68,9 @@ class SequenceContext:
         if not isinstance(visibility, Causal) and state is not None:
             raise ValueError(f"state: states belong to the causal direction; visibility={visibility} can not carry one")
         if isinstance(visibility, BlockCausal):
-            raise ValueError("visibility: BlockCausal is defined by no mixer of this backbone yet; use Causal() or Bidirectional()")
+            raise ValueError(
+                "visibility: BlockCausal is defined by no mixer of this backbone yet; use Causal() or Bidirectional()"
+            )
         if cu_seqlens is not None:
             _check_packing(cu_seqlens, batch, length, mask, state)
             mask = None
@@ -145,7 +148,8 @@ class SequenceContext:
         past = 0 if self.past_valid is None else self.past_valid.shape[1]
         batch, length = self.positions.shape
         device = self.positions.device
-        if self.mask is None and self.cu_seqlens is None and (past == 0 or (length == 1 and bool(self.past_valid.all()))):  # type: ignore[union-attr]
+        past_is_real = self.past_valid is None or (length == 1 and bool(self.past_valid.all()))
+        if self.mask is None and self.cu_seqlens is None and past_is_real:
             return None
         seen = torch.ones(length, length, dtype=torch.bool, device=device)
         if self.causal:
@@ -175,9 +179,15 @@ class SequenceContext:
 def _new_token_mask(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in (length, past + length):
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != batch
+        or attention_mask.shape[1] not in (length, past + length)
+    ):
         expected = f"[{batch}, {length}]" + (f" or [{batch}, {past + length}]" if past else "")
-        raise ValueError(f"attention_mask: shape {list(attention_mask.shape)} given, expected {expected} (1 = real token, 0 = padding)")
+        raise ValueError(
+            f"attention_mask: shape {list(attention_mask.shape)} given, expected {expected} (1 = real token, 0 = padding)"
+        )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
     return None if bool(mask.all()) else mask
 
@@ -186,9 +196,11 @@ def _check_packing(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor | N
     if batch != 1:
         raise ValueError(f"cu_seqlens: packed sequences need batch size 1, got {batch}")
     if state is not None:
-        raise ValueError("state: packing and a carried state can not be combined; pass the sequences as padded rows instead")
+        raise ValueError(
+            "state: packing and a carried state can not be combined; pass the sequences as padded rows instead"
+        )
     if mask is not None:
         raise ValueError("attention_mask: packed sequences have no padding; leave it out when cu_seqlens is given")
     ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(b < a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"cu_seqlens: offsets must rise from 0 to the length {length}, got {ends[:8]}")

@@ -11,13 +11,13 @@ The pieces are public, because methods run blocks in other orders than once from
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from latentcot.backbone.block import Block, SwiGLU
 from latentcot.backbone.config import HybridConfig
@@ -28,7 +28,8 @@ from latentcot.backbone.state import ModelState
 from latentcot.kernels import Causal
 
 # transformers renamed the keyword under which ``generate`` hands the cache around; both names are accepted, one is returned.
-CACHE_KEY = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+_PREPARE = inspect.signature(getattr(GenerationMixin, "prepare_inputs_for_generation"))  # noqa: B009 (typed by a protocol)
+CACHE_KEY = "cache" if "cache" in _PREPARE.parameters else "past_key_values"
 
 
 if TYPE_CHECKING or CACHE_KEY == "cache":
@@ -111,7 +112,9 @@ class HybridModel(HybridPreTrainedModel):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[B, S, D]``, scaled. Ids outside the vocabulary raise ``ValueError`` on the CPU."""
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids: shape {list(input_ids.shape)} of {input_ids.dtype} given, expected [B, S] of int64")
+            raise ValueError(
+                f"input_ids: shape {list(input_ids.shape)} of {input_ids.dtype} given, expected [B, S] of int64"
+            )
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = (int(v) for v in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
@@ -141,14 +144,20 @@ class HybridModel(HybridPreTrainedModel):
         """
         if blocks.step not in (None, 1):
             raise ValueError(f"blocks: a contiguous slice is needed, got step {blocks.step}")
-        if hidden.dim() != 3 or hidden.shape[-1] != self.config.hidden_size or hidden.shape[:2] != context.positions.shape:
+        if (
+            hidden.dim() != 3
+            or hidden.shape[-1] != self.config.hidden_size
+            or hidden.shape[:2] != context.positions.shape
+        ):
             raise ValueError(
                 f"hidden: shape {list(hidden.shape)} given, expected {[*context.positions.shape, self.config.hidden_size]} (context, width)"
             )
         if state is None and context.keep_state:
             state = ModelState(self.config.fingerprint)
         if state is not None and state.fingerprint != self.config.fingerprint:
-            raise ValueError(f"state: it was made by another model (fingerprint {state.fingerprint}, expected {self.config.fingerprint})")
+            raise ValueError(
+                f"state: it was made by another model (fingerprint {state.fingerprint}, expected {self.config.fingerprint})"
+            )
         entries = {}
         for index in range(*blocks.indices(len(self.layers))):
             before = None if state is None else state.read((index, recurrence))
@@ -265,12 +274,19 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         state = given[0] if given else None
         if state is not None and not isinstance(state, ModelState):
             raise TypeError(f"state: a latentcot ModelState is needed, got {type(state).__name__}")
-        hidden, state = self.model(input_ids, attention_mask, inputs_embeds, state, bool(use_cache), cu_seqlens, visibility)
+        hidden, state = self.model(
+            input_ids, attention_mask, inputs_embeds, state, bool(use_cache), cu_seqlens, visibility
+        )
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels, attention_mask, cu_seqlens)
         return HybridOutput(loss=loss, logits=logits, last_hidden_state=hidden, **{CACHE_KEY: state})
+
+    if TYPE_CHECKING:  # the library types `generate` by a protocol that ordinary models do not meet
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+        def to(self, *args: Any, **kwargs: Any) -> "HybridForCausalLM": ...
 
     # -- what generate asks ------------------------------------------------------------------------------------------
 
@@ -278,13 +294,22 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # our cache is a ModelState, made below
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if "state" in model_kwargs:
             model_kwargs[CACHE_KEY] = model_kwargs.pop("state")
         if model_kwargs.get(CACHE_KEY) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_KEY] = self.new_state()
 
-    def flops(self, tokens: int, keys: float | None = None, blocks: slice = slice(None), head_tokens: int | None = None, directions: int = 1) -> float:
+    def flops(
+        self,
+        tokens: int,
+        keys: float | None = None,
+        blocks: slice = slice(None),
+        head_tokens: int | None = None,
+        directions: int = 1,
+    ) -> float:
         """Forward FLOPs of ``tokens`` tokens of one sequence.
 
         Args:
@@ -295,14 +320,23 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """
         keys = (tokens + 1) / 2 if keys is None else keys
         head = self.lm_head.weight.numel() * 2.0 * (tokens if head_tokens is None else head_tokens)
-        return head + sum(block.flops(tokens, keys, directions) for block in self.model.layers[blocks])  # type: ignore[operator]
+        chosen = cast(list[Block], list(self.model.layers)[blocks])
+        return head + sum(block.flops(tokens, keys, directions) for block in chosen)
 
 
-_IGNORED_BY_FORWARD = {"position_ids", "output_attentions", "output_hidden_states", "num_items_in_batch", "cache_position"}
+_IGNORED_BY_FORWARD = {
+    "position_ids",
+    "output_attentions",
+    "output_hidden_states",
+    "num_items_in_batch",
+    "cache_position",
+}
 """Arguments that ``generate`` and trainers pass to every model; positions are worked out from the mask and the state here."""
 
 
-def next_token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+def next_token_loss(
+    logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of label i + 1 given position i, in nats.
 
     Labels of -100, padded targets and the first token of each packed sequence (no target of the sequence before it) are left out.
@@ -320,7 +354,10 @@ def next_token_loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | Non
         targets[:, starts - 1] = -100
     if not bool((targets != -100).any()):
         raise ValueError("labels: no position is left to score (all are -100, padded, or first in their sequence)")
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float() if logits.dtype != torch.float64 else logits[:, :-1].flatten(0, 1), targets.flatten())
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float() if logits.dtype != torch.float64 else logits[:, :-1].flatten(0, 1),
+        targets.flatten(),
+    )
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)

@@ -167,7 +167,11 @@ class ModelState:
             "mixers": {f"{b}.{r}": entry.mixer for (b, r), entry in self.entries.items()},
         }
         partial = path.with_name(path.name + ".tmp")
-        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, partial, {"latentcot_state": json.dumps(description)})
+        save_file(
+            {k: t.detach().contiguous().cpu() for k, t in tensors.items()},
+            partial,
+            {"latentcot_state": json.dumps(description)},
+        )
         os.replace(partial, path)
 
     @classmethod

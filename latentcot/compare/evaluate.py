@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 
-from latentcot.reasoner import AnswerLimits, Reasoner
-from latentcot.tasks.base import Task
+from latentcot.reasoner import SPECIAL, AnswerLimits, Reasoner
+from latentcot.tasks.base import Split, Task
 
 
 @dataclass(frozen=True)
 class DifficultyScore:
-    """Of ``items`` test items at one difficulty: how many were right, and the mean cost of an answer."""
+    """Of ``items`` test items at one difficulty, ``distinct`` different prompts among them (a small level holds few): how many were
+    right, and the mean cost of an answer."""
 
     difficulty: int
     items: int
+    distinct: int
     correct: int
     tokens_emitted: float
     sequential_passes: float
@@ -37,7 +39,7 @@ def evaluate(
     difficulties: Sequence[int],
     items: int,
     *,
-    split: str = "test",
+    split: Split = "test",
     batch_size: int = 256,
     knobs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -51,6 +53,7 @@ def evaluate(
     device = next(reasoner.parameters()).device
     for difficulty in difficulties:
         correct, tokens, passes, flops, seconds = 0, 0.0, 0.0, 0.0, 0.0
+        prompts: set[tuple[int, ...]] = set()
         for start in range(0, items, batch_size):
             batch = task.difficulty_batch(split, difficulty, range(start, min(items, start + batch_size))).to(device)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + difficulty * 10_007 + start)
@@ -58,9 +61,14 @@ def evaluate(
             with torch.no_grad():
                 output = reasoner.answer(batch.prompts, limits, generator)
             seconds += time.perf_counter() - began
+            prompts.update(tuple(t for t in row if t != SPECIAL.pad) for row in batch.prompts.ids.tolist())
             correct += int(task.score(batch, output.ids).sum())
             tokens += float(output.tokens_emitted.double().sum())
             passes += float(output.sequential_passes.double().sum())
             flops += float(output.flops.double().sum())
-        scores.append(DifficultyScore(difficulty, items, correct, tokens / items, passes / items, flops / items, seconds))
+        scores.append(
+            DifficultyScore(
+                difficulty, items, len(prompts), correct, tokens / items, passes / items, flops / items, seconds
+            )
+        )
     return scores

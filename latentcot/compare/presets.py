@@ -58,7 +58,7 @@ def quickstart() -> Comparison:
     length: without that, a model of this size does not learn the written-out products in the time, and the comparison would be about
     finding the place and not about thinking.
     """
-    curriculum = {"steps_per_stage": 2, "latents_per_step": 2, "max_stage": 4, "final_stage": False}
+    curriculum = {"steps_per_stage": 1, "latents_per_step": 1, "max_stage": 8, "final_stage": False}
     return Comparison(
         name="quickstart",
         title="Products in S3: thinking out loud, in hidden states, or not at all",
@@ -87,7 +87,7 @@ def quickstart() -> Comparison:
                     "coda": 0,
                     "injection": "add",
                     "embedding_scale": "sqrt_width",
-                    "sampler": {"kind": "lognormal_poisson", "mean": 4.0, "most": 8},
+                    "sampler": {"kind": "fixed", "mean": 4},
                     "recurrences": 4,
                 },
                 controls=("direct",),

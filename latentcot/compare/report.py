@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from latentcot.backbone import HybridConfig
 from latentcot.compare.plots import draw_all
 from latentcot.compare.summary import MethodSummary, baseline_columns, claims, summarise
 
@@ -64,16 +66,32 @@ def difficulty_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]
     body = []
     for d in rows[0].by_difficulty:
         mark = "" if results["trained_to"] is None or d <= results["trained_to"] else " *"
-        body.append([f"{d}{mark}", *(f"{r.by_difficulty[d]:.3f}" for r in rows), f"{chance[d]:.3f}", f"{heuristic[d]:.3f}"])
+        body.append(
+            [f"{d}{mark}", *(f"{r.by_difficulty[d]:.3f}" for r in rows), f"{chance[d]:.3f}", f"{heuristic[d]:.3f}"]
+        )
     return header, body
 
 
 def terminal_table(results: dict[str, Any]) -> Table:
-    table = Table(title=results["comparison"]["title"])
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("method", "role") else "right", no_wrap=True)
+    """The columns that fit a terminal of 80; ``table.md`` and the page have all of them."""
+    limit = results["trained_to"]
+    titles = {
+        "method": "method",
+        "trained": f"d<={limit}",
+        "longest": f"d={limit}",
+        "beyond": f"d>{limit}",
+        "chance": "chance",
+        "heuristic": "heur.",
+        "tokens": "tok.",
+        "passes": "pass.",
+        "MFLOP": "MFLOP",
+    }
+    title = "Accuracy by difficulty d, and what one answer costs"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for name, heading in titles.items():
+        table.add_column(heading, justify="left" if name == "method" else "right", no_wrap=True)
     for cells in main_table(results):
-        table.add_row(*cells.values())
+        table.add_row(*(cells[name] for name in titles))
     return table
 
 
@@ -81,9 +99,10 @@ def explanation(results: dict[str, Any]) -> list[str]:
     """What the columns mean, in sentences."""
     c = results["comparison"]
     longest = results["trained_to"]
+    options = ", ".join(f"{name} = {value}" for name, value in c["task_config"].items())
     return [
-        f"Every method thinks with the same backbone ({_backbone_words(c['backbone'])}) and sees the same {c['train']['steps']} × {c['batch_size']} "
-        f"training examples of task “{c['task']}” ({', '.join(f'{k} = {v}' for k, v in c['task_config'].items())}); seeds: {c['seeds']}.",
+        f"Every method thinks with the same backbone ({_backbone_words(c['backbone'])}) and sees the same "
+        f"{c['train']['steps']} × {c['batch_size']} training examples of task “{c['task']}” ({options}); seeds: {c['seeds']}.",
         f"trained: mean accuracy over difficulties up to {longest} (± standard deviation over seeds); longest: at difficulty {longest}; "
         f"beyond: mean over longer ones, up to {c['evaluate_to']}. Exact match on test items that share no object with training.",
         f"chance and heuristic (the best guess that needs no reasoning) stand at difficulty {longest}.",
@@ -94,9 +113,8 @@ def explanation(results: dict[str, Any]) -> list[str]:
 
 
 def _backbone_words(backbone: dict[str, Any]) -> str:
-    layers, period = backbone.get("num_hidden_layers"), backbone.get("period")
-    pattern = f", every {period}th layer softmax attention" if period else ""
-    return f"{layers} layers of width {backbone.get('hidden_size')}, {backbone.get('mixer')}{pattern}"
+    config = HybridConfig(**backbone)
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size}: {', '.join(config.mixers)}"
 
 
 def claim_sentences(results: dict[str, Any]) -> list[str]:
@@ -133,9 +151,9 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     pictures = draw_all(results, summarise(results), out / "plots")
     _write(out / "table.md", markdown(results))
     header, body = difficulty_table(results)
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("latentcot").joinpath("templates/report.html.jinja").read_text(encoding="utf-8")
-    )
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("latentcot").joinpath("templates/report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
         results=results,
         title=results["comparison"]["title"],

@@ -14,13 +14,30 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Task as Bar
 from rich.text import Text
 
 from latentcot.compare.methods import find
 from latentcot.compare.presets import Comparison, MethodSpec
-from latentcot.compare.worker import RESULT_SCHEMA, Job, load_result, make_reasoner, make_tasks, run_job, run_name, write_json
+from latentcot.compare.worker import (
+    RESULT_SCHEMA,
+    Job,
+    load_result,
+    make_reasoner,
+    make_tasks,
+    run_job,
+    run_name,
+    write_json,
+)
 
 _QUEUE: Any = None  # set in worker processes
 REPORT_EVERY = 10  # steps between two messages of a worker
@@ -111,7 +128,8 @@ def run_comparison(
         "vocabulary": evaluation.limits.vocab_size,
         "trained_to": comparison.task_config.get("max_difficulty"),
         "baselines": {
-            str(d): {**b, "heuristic_name": b.heuristic_name} for d, b in evaluation.baselines_by_difficulty("test", items).items()
+            str(d): {**b, "heuristic_name": b.heuristic_name}
+            for d, b in evaluation.baselines_by_difficulty("test", items).items()
         },
         "machine": {
             "python": platform.python_version(),
@@ -153,7 +171,8 @@ def _run_all(todo: Sequence[Job], jobs: int, console: Console) -> dict[str, dict
     ):
         queue = manager.Queue()
         bars: dict[str, TaskID] = {
-            job.name: progress.add_task(job.name, total=job.comparison.train.steps, what="waiting", start=False) for job in todo
+            job.name: progress.add_task(job.name, total=job.comparison.train.steps, what="waiting", start=False)
+            for job in todo
         }
         executor = ProcessPoolExecutor(min(jobs, len(todo)), context, _adopt, (queue,))
         try:
@@ -166,9 +185,13 @@ def _run_all(todo: Sequence[Job], jobs: int, console: Console) -> dict[str, dict
                     results[job.name] = future.result()
                     progress.update(bars[job.name], completed=job.comparison.train.steps, what="done")
                     if not console.is_terminal:
-                        console.print(f"{job.name}: done in {results[job.name]['training']['seconds']:.0f} s ({len(running)} to go)")
+                        console.print(
+                            f"{job.name}: done in {results[job.name]['training']['seconds']:.0f} s ({len(running)} to go)"
+                        )
         except BaseException:
-            for process in list((executor._processes or {}).values()):  # what runs goes on from its checkpoint next time
+            for process in list(
+                (executor._processes or {}).values()
+            ):  # what runs goes on from its checkpoint next time
                 process.terminate()
             raise
         finally:
@@ -191,7 +214,12 @@ def _drain(queue: Any, progress: Progress, bars: dict[str, TaskID]) -> None:
 
 
 def with_options(
-    comparison: Comparison, *, steps: int | None = None, methods: Sequence[str] | None = None, task: str | None = None, items: int | None = None
+    comparison: Comparison,
+    *,
+    steps: int | None = None,
+    methods: Sequence[str] | None = None,
+    task: str | None = None,
+    items: int | None = None,
 ) -> Comparison:
     """A preset with some values replaced. Methods outside the preset run with their default settings."""
     if methods is not None:

@@ -14,8 +14,8 @@ class MethodSummary:
     """One row of the table; means over seeds.
 
     ``by_difficulty``: accuracy at each difficulty. ``trained``: mean accuracy over the trained difficulties, ``longest`` at the
-    longest of them, ``beyond`` over the longer ones. ``items_trained``: test items behind ``trained`` for one seed.
-    ``spread``: standard deviation of ``trained`` over seeds (``None`` with one seed). Costs are of one answer at ``longest``, training
+    longest of them, ``beyond`` over the longer ones. ``item_error``: standard error of ``trained`` that comes from the number of different
+    test items. ``spread``: standard deviation of ``trained`` over seeds (``None`` with one seed). Costs are of one answer at ``longest``, training
     cost of one seed.
     """
 
@@ -27,7 +27,7 @@ class MethodSummary:
     trained: float
     longest: float
     beyond: float | None
-    items_trained: int
+    item_error: float
     spread: float | None
     tokens_emitted: float
     sequential_passes: float
@@ -39,8 +39,9 @@ class MethodSummary:
 
     @property
     def error(self) -> float:
-        """Standard error of ``trained`` from the number of items, all seeds together."""
-        return sqrt(max(self.trained * (1 - self.trained), 1e-9) / (self.items_trained * self.seeds))
+        """Standard error of ``trained``: from the items (which all seeds share) and, with several seeds, from the seeds."""
+        from_seeds = 0.0 if self.spread is None else self.spread / sqrt(self.seeds)
+        return sqrt(self.item_error**2 + from_seeds**2)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def summarise(results: dict[str, Any]) -> list[MethodSummary]:
                 trained=mean(trained),
                 longest=mean(s[last]["accuracy"] for s in per_seed),
                 beyond=mean(over(outside, s) for s in per_seed) if outside else None,
-                items_trained=sum(per_seed[0][d]["items"] for d in inside),
+                item_error=mean(_item_error([scores[d] for d in inside]) for scores in per_seed),
                 spread=stdev(trained) if len(trained) > 1 else None,
                 tokens_emitted=mean(s[last]["tokens_emitted"] for s in per_seed),
                 sequential_passes=mean(s[last]["sequential_passes"] for s in per_seed),
@@ -99,6 +100,16 @@ def summarise(results: dict[str, Any]) -> list[MethodSummary]:
     return rows
 
 
+def _item_error(scores: Sequence[dict[str, Any]]) -> float:
+    """Standard error of the mean accuracy over levels. Repeats of a prompt count once; one success and one failure are added to each
+    level, so that a level of four items which all came out right does not pass as certain."""
+    total = 0.0
+    for s in scores:
+        share = (s["accuracy"] * s["distinct"] + 1) / (s["distinct"] + 2)
+        total += share * (1 - share) / s["distinct"]
+    return sqrt(total) / len(scores)
+
+
 def claims(rows: Sequence[MethodSummary]) -> list[Claim]:
     """Each latent method against the floor and against each of its controls, on mean accuracy over the trained difficulties."""
     known = {row.method: row for row in rows}
@@ -110,7 +121,12 @@ def claims(rows: Sequence[MethodSummary]) -> list[Claim]:
         for other in dict.fromkeys([*floors, *row.controls]):
             if other in known and other != row.method:
                 found.append(
-                    Claim(row.method, other, row.trained - known[other].trained, sqrt(row.error**2 + known[other].error ** 2))
+                    Claim(
+                        row.method,
+                        other,
+                        row.trained - known[other].trained,
+                        sqrt(row.error**2 + known[other].error ** 2),
+                    )
                 )
     return found
 

@@ -108,7 +108,9 @@ def run_job(job: Job, report: Report | None = None) -> dict[str, Any]:
     say(job.name, comparison.train.steps, comparison.train.steps, "evaluating")
     levels = evaluation.levels("test")
     began = time.perf_counter()
-    scores = evaluate(reasoner, evaluation, levels, -(-comparison.items // len(levels)), knobs=method.knobs, seed=job.seed)
+    scores = evaluate(
+        reasoner, evaluation, levels, -(-comparison.items // len(levels)), knobs=method.knobs, seed=job.seed
+    )
     result = {
         "schema": RESULT_SCHEMA,
         "identity": identity(job),
@@ -148,7 +150,9 @@ def load_result(job: Job) -> dict[str, Any] | None:
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"result {path} is damaged ({error!r}); delete it to run {job.name} again") from error
     if schema != RESULT_SCHEMA or known != identity(job):
-        raise ValueError(f"result {path} belongs to another configuration; choose another output folder (--out) or delete {job.folder}")
+        raise ValueError(
+            f"result {path} belongs to another configuration; choose another output folder (--out) or delete {job.folder}"
+        )
     return result
 
 

@@ -31,7 +31,12 @@ class Progress:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None, progress: Progress, run: str
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+    progress: Progress,
+    run: str,
 ) -> None:
     """Write everything; ``run`` names the run's configuration, so that another run refuses to go on from it."""
     tensors = {f"model.{k}": v for k, v in unique_tensors(model.state_dict()).items()}
@@ -62,11 +67,15 @@ def load_checkpoint(
         progress = Progress(**description["progress"])
         stored_run, stored_format = description["run"], description["format"]
     except Exception as error:  # safetensors, json, key and type errors alike mean: not a readable checkpoint
-        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start this run from the beginning") from error
+        raise ValueError(
+            f"checkpoint {path} is damaged ({error}); delete it to start this run from the beginning"
+        ) from error
     if stored_format != FORMAT:
         raise ValueError(f"checkpoint {path} has format {stored_format}, this version reads format {FORMAT}")
     if stored_run != run:
-        raise ValueError(f"checkpoint {path} belongs to a run with another configuration; delete it or choose another output folder")
+        raise ValueError(
+            f"checkpoint {path} belongs to a run with another configuration; delete it or choose another output folder"
+        )
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     expected = unique_tensors(model.state_dict())
     if set(weights) != set(expected) or any(weights[k].shape != expected[k].shape for k in weights):

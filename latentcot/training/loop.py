@@ -106,7 +106,9 @@ def train(
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     phases = tuple(reasoner.phases())
     borders = phase_borders(phases, config.steps)
-    optimizer = torch.optim.AdamW(_parameter_groups(reasoner, config.weight_decay), lr=config.learning_rate, betas=config.betas)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(reasoner, config.weight_decay), lr=config.learning_rate, betas=config.betas
+    )
     model, optimizer = accelerator.prepare(reasoner, optimizer)
     run = _run_name(reasoner, data, config)
     path = None if folder is None else folder / "checkpoint.safetensors"

@@ -107,7 +107,9 @@ def test_gradients_cross_a_segment_border_and_stop_at_detach(stack):
     embedded = model.embed(ids).detach().requires_grad_()
     whole = torch.autograd.grad(model(inputs_embeds=embedded).logits[:, 4:].square().sum(), embedded)[0]
     first = model(inputs_embeds=embedded[:, :4], use_cache=True)
-    cut = torch.autograd.grad(model(inputs_embeds=embedded[:, 4:], state=first.state).logits.square().sum(), embedded)[0]
+    cut = torch.autograd.grad(model(inputs_embeds=embedded[:, 4:], state=first.state).logits.square().sum(), embedded)[
+        0
+    ]
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-10)
     first = model(inputs_embeds=embedded[:, :4], use_cache=True)
     short = torch.autograd.grad(
@@ -119,7 +121,7 @@ def test_gradients_cross_a_segment_border_and_stop_at_detach(stack):
 
 def test_run_in_slices_equals_forward():
     model, ids = make(layers=4), tokens()
-    context = SequenceContext.build(*ids.shape)
+    context = SequenceContext.build(ids.shape[0], ids.shape[1])
     hidden = model.embed(ids)
     for blocks in (slice(0, 1), slice(1, 3), slice(3, None)):
         hidden, state = model.run(hidden, context, blocks)
@@ -207,8 +209,14 @@ def test_impossible_configurations_are_named(changes, message):
 
 def test_patterns_by_period_and_by_linear_layers_per_full_one():
     assert [i for i, m in enumerate(HybridConfig(period=6).mixers) if m == "attention"] == [5, 11, 17, 23]
-    assert [i for i, m in enumerate(HybridConfig(linear_per_full=3, num_hidden_layers=8).mixers) if m == "attention"] == [3, 7]
-    assert HybridConfig(attention_layers=[1, 0], num_hidden_layers=3).mixers == ["attention", "attention", "gated_deltanet"]
+    assert [
+        i for i, m in enumerate(HybridConfig(linear_per_full=3, num_hidden_layers=8).mixers) if m == "attention"
+    ] == [3, 7]
+    assert HybridConfig(attention_layers=[1, 0], num_hidden_layers=3).mixers == [
+        "attention",
+        "attention",
+        "gated_deltanet",
+    ]
     assert set(HybridConfig(mixer="gla").mixers) == {"gla"}
 
 

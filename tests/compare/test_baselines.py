@@ -46,7 +46,9 @@ def test_joined_rows_are_the_rows_written_by_hand(side, task):
         expected = [*example.prompt_ids, *thinking, SPECIAL.ans, *example.answer_ids]
         assert rows.ids[i][rows.mask[i]].tolist() == expected
         learned = rows.labels[i][rows.mask[i]] != IGNORED
-        assert learned.tolist() == [False] * len(example.prompt_ids) + [True] * len(thinking) + [False] + [True] * len(example.answer_ids)
+        assert learned.tolist() == [False] * len(example.prompt_ids) + [True] * len(thinking) + [False] + [True] * len(
+            example.answer_ids
+        )
     assert (rows.mask[:, -1] if side == "left" else rows.mask[:, 0]).all()
 
 
@@ -81,7 +83,9 @@ def test_greedy_decoding_equals_generate():
     ids = TASK.batch("test", range(4)).prompts.ids[:, :3]
     output = model(ids, use_cache=True)
     ours = greedy_decode(model, output.logits[:, -1], output.state, 6)
-    theirs = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=SPECIAL.eos, pad_token_id=SPECIAL.pad)[:, 3:]
+    theirs = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=SPECIAL.eos, pad_token_id=SPECIAL.pad)[
+        :, 3:
+    ]
     width = theirs.shape[1]
     assert torch.equal(ours.ids[:, :width], theirs)
     assert (ours.ids[:, width:] == SPECIAL.pad).all()
@@ -130,7 +134,7 @@ def test_a_saved_reasoner_answers_the_same(kind, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="can not be read"):
         Reasoner.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no reasoner.json"):
+    with pytest.raises(ValueError, match="no reasoner"):
         Reasoner.from_pretrained(tmp_path / "nothing")
 
 

@@ -21,7 +21,9 @@ ALL = [m.name for m in quickstart().methods]
 
 def latentcot(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     code = "from latentcot.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +56,29 @@ def test_every_method_starts_from_the_same_backbone_and_sees_the_same_examples(s
     identities = [{k: v for k, v in run["identity"].items() if k != "method"} for run in results["runs"]]
     assert all(i == identities[0] for i in identities)
     counts = {run["method"]: run["parameters"] for run in results["runs"]}
-    assert counts["direct"] == counts["cot"] == counts["coconut"] == counts["coconut_no_latents"] == counts["coconut_pause"] == counts["masked_diffusion"]
+    assert (
+        counts["direct"]
+        == counts["cot"]
+        == counts["coconut"]
+        == counts["coconut_no_latents"]
+        == counts["coconut_pause"]
+        == counts["masked_diffusion"]
+    )
 
 
 def test_the_report_is_one_file_with_table_pictures_and_claims(small):
     out, results = small
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "http://" not in page and "https://" not in page
+    assert "http://" not in page
+    assert "https://" not in page
     for name in ALL:
         assert name in page
     assert sorted(p.name for p in (out / "plots").iterdir()) == ["accuracy.png", "cost.png", "loss.png"]
     table = (out / "table.md").read_text()
     assert table == markdown(results)
-    assert "chance" in table and "heuristic" in table
+    assert "chance" in table
+    assert "heuristic" in table
     assert not list(out.rglob("*.tmp*"))
 
 
@@ -104,13 +115,25 @@ def test_a_result_of_another_configuration_or_a_damaged_one_is_refused(small, tm
     broken.write_text(broken.read_text()[:100])
     done = latentcot("compare", "quickstart", "--steps", "10", "--items", "60", "--out", str(copy), cwd=tmp_path)
     assert done.returncode == 2
-    assert "damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "damaged" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     assert (copy / "results.json").read_bytes() == before
 
 
 def test_a_killed_comparison_continues_where_it_was(tmp_path):
     """SIGKILL of the whole process group in the middle of training; the second call resumes from the checkpoint."""
-    arguments = ["compare", "quickstart", "--methods", "direct", "--steps", "230", "--items", "30", "--out", str(tmp_path / "out")]
+    arguments = [
+        "compare",
+        "quickstart",
+        "--methods",
+        "direct",
+        "--steps",
+        "230",
+        "--items",
+        "30",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command = [sys.executable, "-c", "from latentcot.cli import main; main()", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     checkpoint = tmp_path / "out" / "runs" / "direct-seed0" / "checkpoint.safetensors"
@@ -124,9 +147,13 @@ def test_a_killed_comparison_continues_where_it_was(tmp_path):
     done = latentcot(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     resumed = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
-    whole = run_comparison(with_options(quickstart(), steps=230, items=30, methods=["direct"]), tmp_path / "whole", jobs=1)["runs"][0]
+    whole = run_comparison(
+        with_options(quickstart(), steps=230, items=30, methods=["direct"]), tmp_path / "whole", jobs=1
+    )["runs"][0]
     assert [h["loss"] for h in resumed["training"]["history"]] == [h["loss"] for h in whole["training"]["history"]]
-    assert [s["correct"] for s in resumed["evaluation"]["by_difficulty"]] == [s["correct"] for s in whole["evaluation"]["by_difficulty"]]
+    assert [s["correct"] for s in resumed["evaluation"]["by_difficulty"]] == [
+        s["correct"] for s in whole["evaluation"]["by_difficulty"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,9 +184,12 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(tmp_path):
     folder = tmp_path / "out" / "runs" / "direct-seed0"
     folder.mkdir(parents=True)
     (folder / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
-    done = latentcot("compare", "quickstart", "--methods", "direct", "--steps", "5", "--out", str(tmp_path / "out"), cwd=tmp_path)
+    done = latentcot(
+        "compare", "quickstart", "--methods", "direct", "--steps", "5", "--out", str(tmp_path / "out"), cwd=tmp_path
+    )
     assert done.returncode == 2
-    assert "damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "damaged" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert [p.name for p in folder.iterdir()] == ["checkpoint.safetensors"]
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -171,7 +201,11 @@ def test_settings_that_do_not_fit_are_found_before_anything_runs():
 
     comparison = quickstart()
     with pytest.raises(ValueError, match="core"):
-        check(replace(comparison, methods=(MethodSpec("depth_recurrence", "latent", {"prelude": 9, "core": 0, "coda": 0}),)))
+        check(
+            replace(
+                comparison, methods=(MethodSpec("depth_recurrence", "latent", {"prelude": 9, "core": 0, "coda": 0}),)
+            )
+        )
 
 
 def test_training_and_evaluation_tasks_share_splits():

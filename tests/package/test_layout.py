@@ -32,12 +32,8 @@ def installed_name(file: str) -> str | None:
     return f"{package.replace('.', '/')}/{rest}" if package and rest else None
 
 
-NOT_SHIPPED = {"README.md"}  # beside the code, for readers of the tree
-
-
 def expected_files() -> set[str]:
-    names = {installed_name(f) for f in tracked() if Path(f).name not in NOT_SHIPPED}
-    return {n for n in names if n is not None}
+    return {n for n in map(installed_name, tracked()) if n is not None}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,9 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     # No isolation: the build back end is installed already and no socket is needed.
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)], capture_output=True, text=True
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
@@ -86,14 +84,16 @@ for arguments in (["papers", "search", "coconut"], ["papers", "export", "--forma
     assert result.exit_code == 0, (arguments, result.output[-500:])
 import torch
 from latentcot.backbone import HybridConfig, HybridForCausalLM
-model = HybridForCausalLM(HybridConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, gated_deltanet={{"num_heads": 1, "head_dim": 8}}))
+sizes = dict(vocab_size=11, hidden_size=16, num_hidden_layers=1, gated_deltanet={{"num_heads": 1, "head_dim": 8}})
+model = HybridForCausalLM(HybridConfig(**sizes))
 assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 11)
 from importlib.resources import files
 assert [f for f in files("latentcot.notebooks").iterdir() if f.name.endswith(".ipynb")]
 print("fine")
 """
     done = subprocess.run([python, "-I", "-c", code], cwd=empty, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip().endswith("fine"), done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith("fine")
 
 
 def test_packages_are_listed_as_they_stand_in_the_tree():
@@ -106,7 +106,9 @@ def test_packages_are_listed_as_they_stand_in_the_tree():
 def test_links_let_tools_see_the_packages(name):
     link = ROOT / "latentcot" / name
     if not link.exists():
-        pytest.skip("links are missing here (a zip download, or a system without them); imports work through the mapping")
+        pytest.skip(
+            "links are missing here (a zip download, or a system without them); imports work through the mapping"
+        )
     assert link.is_symlink()
     assert link.resolve() == ROOT / name
 
@@ -136,5 +138,7 @@ def test_bare_kernels_from_the_root_without_another_distribution_does_nothing():
 
 
 def test_transformers_imports_a_model_from_the_root():
-    done = run("import transformers; transformers.AutoModelForCausalLM; from transformers import LlamaForCausalLM; print('fine')")
+    done = run(
+        "import transformers; transformers.AutoModelForCausalLM; from transformers import LlamaForCausalLM; print('fine')"
+    )
     assert done.stdout.strip() == "fine", done.stderr[-2000:]

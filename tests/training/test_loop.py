@@ -149,7 +149,15 @@ def test_the_learning_rate_warms_up_and_falls_to_its_share():
     assert abs(rates[-1] - 0.1) < 1e-3
 
 
-@pytest.mark.parametrize(("change", "message"), [({"steps": 0}, "steps"), ({"learning_rate": 0.0}, "learning_rate"), ({"grad_clip": 0.0}, "grad_clip"), ({"mixed_precision": "fp16"}, "bf16")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"grad_clip": 0.0}, "grad_clip"),
+        ({"mixed_precision": "fp16"}, "bf16"),
+    ],
+)
 def test_bad_training_values_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
@@ -157,7 +165,12 @@ def test_bad_training_values_are_named(change, message):
 
 def test_parameters_count_tied_tensors_once():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "gated_deltanet": {"num_heads": 1, "head_dim": 8}}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "gated_deltanet": {"num_heads": 1, "head_dim": 8},
+    }
     loose, tied = (HybridForCausalLM(HybridConfig(**sizes, tie_word_embeddings=tie)) for tie in (False, True))
     assert count_parameters(loose) - count_parameters(tied) == 50 * 16
 
@@ -168,7 +181,11 @@ def test_flops_agree_with_a_count_of_the_matrix_products_that_do_not_depend_on_t
     recurrent form and is compared with its formula."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    options = {"attention": {"num_heads": 2}, "gla": {"num_heads": 2}, "gated_deltanet": {"num_heads": 2, "head_dim": 8}}
+    options = {
+        "attention": {"num_heads": 2},
+        "gla": {"num_heads": 2},
+        "gated_deltanet": {"num_heads": 2, "head_dim": 8},
+    }
     model = HybridForCausalLM(HybridConfig(vocab_size=31, hidden_size=32, num_hidden_layers=2, **options, **stack))
     ids = torch.zeros(1, 7, dtype=torch.long)
     linear = sum(2 * 7 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -189,6 +206,15 @@ def test_flops_agree_with_a_count_of_the_matrix_products_that_do_not_depend_on_t
 
 
 def test_flops_of_a_row_do_not_depend_on_how_it_is_cut():
-    model = HybridForCausalLM(HybridConfig(vocab_size=31, hidden_size=32, num_hidden_layers=2, period=2, attention={"num_heads": 2}, gated_deltanet={"num_heads": 2, "head_dim": 8}))
+    model = HybridForCausalLM(
+        HybridConfig(
+            vocab_size=31,
+            hidden_size=32,
+            num_hidden_layers=2,
+            period=2,
+            attention={"num_heads": 2},
+            gated_deltanet={"num_heads": 2, "head_dim": 8},
+        )
+    )
     count = FlopCounter(model)
     assert count(5) + count(4, past=5) == pytest.approx(count(9))

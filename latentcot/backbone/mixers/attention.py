@@ -40,7 +40,9 @@ class AttentionOptions:
         if self.bias not in ("none", "qk", "qkv"):
             raise ValueError(f"attention: bias = {self.bias!r} given, expected 'none', 'qk' or 'qkv'")
         if self.rotary_layout not in ("half", "interleaved"):
-            raise ValueError(f"attention: rotary_layout = {self.rotary_layout!r} given, expected 'half' or 'interleaved'")
+            raise ValueError(
+                f"attention: rotary_layout = {self.rotary_layout!r} given, expected 'half' or 'interleaved'"
+            )
 
 
 class SoftmaxAttention(Mixer):
@@ -53,7 +55,9 @@ class SoftmaxAttention(Mixer):
         self.kv_heads = options.num_kv_heads or options.num_heads
         self.head_width = check_divides("num_heads", hidden_size, options.num_heads, "attention")
         if options.rope_theta is not None and self.head_width % 2:
-            raise ValueError(f"attention: rotary positions need an even head width, got {self.head_width} = {hidden_size} / {self.heads}")
+            raise ValueError(
+                f"attention: rotary positions need an even head width, got {self.head_width} = {hidden_size} / {self.heads}"
+            )
         kv_width = self.kv_heads * self.head_width
         qk_bias, v_bias = options.bias in ("qk", "qkv"), options.bias == "qkv"
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qk_bias)
@@ -70,7 +74,9 @@ class SoftmaxAttention(Mixer):
         if self.options.rope_theta is not None:
             key = ("rotary", self.head_width, self.options.rope_theta, hidden.dtype == torch.float64)
             if key not in context.tables:
-                context.tables[key] = rotary_table(context.positions, self.head_width, self.options.rope_theta, hidden.dtype)
+                context.tables[key] = rotary_table(
+                    context.positions, self.head_width, self.options.rope_theta, hidden.dtype
+                )
             q = apply_rotary(q, context.tables[key], self.options.rotary_layout)
             k = apply_rotary(k, context.tables[key], self.options.rotary_layout)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, K]
@@ -80,7 +86,12 @@ class SoftmaxAttention(Mixer):
         new_state = LayerState(self.name, {"keys": k, "values": v}) if context.keep_state else None
         seen = context.attention_mask
         o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=seen is None and context.plain_causal, enable_gqa=self.kv_heads != self.heads
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            is_causal=seen is None and context.plain_causal,
+            enable_gqa=self.kv_heads != self.heads,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2)), new_state
 

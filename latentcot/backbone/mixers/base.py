@@ -36,4 +36,3 @@ def check_divides(what: str, whole: int, parts: int, owner: str) -> int:
     if parts <= 0 or whole % parts:
         raise ValueError(f"{owner}: {what} = {parts} must divide {whole}")
     return whole // parts
-

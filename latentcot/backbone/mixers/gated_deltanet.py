@@ -162,7 +162,9 @@ class GatedDeltaNet(Mixer):
         else:
             o = self.o_norm(o)
         out = context.expand(self.o_proj(o.flatten(2)))
-        return out, LayerState(self.name, {"matrix": matrix, "conv": conv}) if context.keep_state else None
+        if matrix is None or conv is None:  # both or neither: context.keep_state
+            return out, None
+        return out, LayerState(self.name, {"matrix": matrix, "conv": conv})
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         convolution = 2.0 * tokens * sum(self.widths) * self.options.conv_size

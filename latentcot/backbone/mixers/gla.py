@@ -56,7 +56,9 @@ class GatedLinearAttention(Mixer):
         self.k_proj = nn.Linear(hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_width, bias=False)
         self.g_proj = nn.Linear(hidden_size, value_width, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(hidden_size, GATE_RANK, bias=False), nn.Linear(GATE_RANK, key_width, bias=True))
+        self.gk_proj = nn.Sequential(
+            nn.Linear(hidden_size, GATE_RANK, bias=False), nn.Linear(GATE_RANK, key_width, bias=True)
+        )
         self.g_norm_swish_gate = GatedRMSNorm(self.V, norm_eps)
         self.o_proj = nn.Linear(value_width, hidden_size, bias=False)
 
@@ -86,7 +88,7 @@ class GatedLinearAttention(Mixer):
         )
         o = self.g_norm_swish_gate(o, self.g_proj(x).unflatten(-1, (self.heads, self.V)))
         out = context.expand(self.o_proj(o.flatten(2)))
-        return out, LayerState(self.name, {"matrix": matrix}) if context.keep_state else None
+        return out, None if matrix is None else LayerState(self.name, {"matrix": matrix})
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         # write k^T v, decay, read q S: 6 K V a head and token in the recurrent form
