@@ -319,7 +319,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             directions: 2 for a bidirectional pass (give ``keys=tokens`` then).
         """
         keys = (tokens + 1) / 2 if keys is None else keys
-        head = self.lm_head.weight.numel() * 2.0 * (tokens if head_tokens is None else head_tokens)
+        head_tokens = tokens if head_tokens is None else head_tokens
+        head = 2.0 * self.config.vocab_size * self.config.hidden_size * head_tokens
         chosen = cast(list[Block], list(self.model.layers)[blocks])
         return head + sum(block.flops(tokens, keys, directions) for block in chosen)
 

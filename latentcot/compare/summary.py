@@ -15,8 +15,8 @@ class MethodSummary:
 
     ``by_difficulty``: accuracy at each difficulty. ``trained``: mean accuracy over the trained difficulties, ``longest`` at the
     longest of them, ``beyond`` over the longer ones. ``item_error``: standard error of ``trained`` that comes from the number of different
-    test items. ``spread``: standard deviation of ``trained`` over seeds (``None`` with one seed). Costs are of one answer at ``longest``, training
-    cost of one seed.
+    test items. ``spread``: standard deviation of ``trained`` over seeds (``None`` with one seed). Costs are of one answer at
+    ``longest``, training cost of one seed.
     """
 
     method: str
