@@ -147,8 +147,8 @@ def _collect(
     pages.update(site_pages.notebook_pages(rendered))
     pages.update(site_pages.results_pages(results))
 
-    def module_page(module: str) -> str | None:
-        package = site_pages.documented_package(module)
+    def module_page(path: str) -> str | None:
+        package = site_pages.documented_package(site_pages.module_of(path))
         page = site_pages.api_page(package) if package else None
         return f"{page}.html" if page and f"{page}.md" in pages else None
 

@@ -28,6 +28,12 @@ def api_page(module: str) -> str:
     return f"reference/api/{module.removeprefix('latentcot.')}"
 
 
+def module_of(path: str) -> str:
+    """Import name of a source file: ``kernels/delta_rule/op.py`` -> ``latentcot.kernels.delta_rule.op``; a dotted name stays."""
+    name = path.removesuffix(".py").replace("/", ".")
+    return name if name.startswith("latentcot") else f"latentcot.{name}"
+
+
 def documented_package(module: str) -> str | None:
     """The public package whose page covers ``module`` (``latentcot.kernels.delta_rule`` -> ``latentcot.kernels``)."""
     covering = [name for name in API_PACKAGES if module == name or module.startswith((name + ".", name + ":"))]

@@ -112,5 +112,7 @@ def _loss(axes: Any, results: dict[str, Any], rows: Sequence[MethodSummary]) -> 
             for i in range(len(losses))
         ]
         axes.plot(steps, smooth, dash, color=colour, lw=1.2, label=row.method)
-    axes.set(xlabel="optimiser step", ylabel="training loss (nats a learned token; each method its own)", yscale="log")
+    axes.set(
+        xlabel="optimiser step", ylabel="training loss (nats a learned token; each method its own)", ylim=(0, None)
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -133,7 +133,7 @@ def claims(rows: Sequence[MethodSummary]) -> list[Claim]:
 
 def baseline_columns(results: dict[str, Any]) -> tuple[dict[int, float], dict[int, float], str]:
     """Chance and the task's heuristic by difficulty, and the heuristic's name at the longest trained length."""
-    by_difficulty = {int(d): b for d, b in results["baselines"].items()}
+    by_difficulty = {d: results["baselines"][str(d)] for d in sorted(map(int, results["baselines"]))}
     longest = results["trained_to"] if results["trained_to"] in by_difficulty else max(by_difficulty)
     return (
         {d: b["chance"] for d, b in by_difficulty.items()},

@@ -13,7 +13,7 @@ import pytest
 from latentcot.compare import quickstart, with_options, write_report
 from latentcot.compare.report import claim_sentences, main_table, markdown
 from latentcot.compare.run import check, run_comparison
-from latentcot.compare.summary import Claim, summarise
+from latentcot.compare.summary import Claim, baseline_columns, summarise
 from latentcot.compare.worker import make_tasks
 
 ALL = [m.name for m in quickstart().methods]
@@ -87,6 +87,8 @@ def test_claims_are_read_off_the_table(small):
     rows = {row.method: row for row in summarise(results)}
     sentences = claim_sentences(results)
     assert sum("coconut " in s and "coconut_pause" in s for s in sentences) == 1
+    chance, heuristic, _ = baseline_columns(results)
+    assert list(chance) == list(heuristic) == list(range(2, 17)), "levels in order, as the plots draw them"
     for cells in main_table(results):
         assert float(cells["longest"]) == pytest.approx(rows[cells["method"]].longest, abs=5e-4)
     assert Claim("a", "b", 0.05, 0.02).verdict == "above"
