@@ -62,7 +62,8 @@ class Adapter(nn.Module):
         joined = nn.functional.linear(torch.cat([state, embedded], -1), self.weight)
         if self.kind == "linear":
             return joined
-        return torch.lerp(embedded, state, joined.sigmoid())
+        gate = joined.sigmoid()  # under autocast of another dtype than state and input, which lerp would refuse
+        return gate * state + (1 - gate) * embedded
 
     @property
     def flops_per_token(self) -> float:

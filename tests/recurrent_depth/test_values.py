@@ -113,6 +113,8 @@ def test_add_gate_and_none():
     assert torch.equal(Injection("add").build(4)(s, e), s + e)
     assert torch.equal(Injection("none").build(4)(s, e), s)
     gate = Injection("gate").build(4)
+    with torch.autocast("cpu", torch.bfloat16):  # the product comes out in 16 bits, state and input stay in 32
+        assert gate(s, e).dtype == torch.float32
     with torch.no_grad():
         gate.weight.zero_()
     torch.testing.assert_close(gate(s, e), (s + e) / 2)
