@@ -116,7 +116,9 @@ class DepthRecurrence(DepthLoop):
             passes[active] += steps + 1
             # The last recurrence of a row that never settled is not looked at.
             checks = rule.checks(steps.clamp(max=most_steps - 1)) if rule.decoded else 0
-            flops[active] += self.flops(mask.sum(1).double(), recurrences=steps, head=1, checks=checks)  # type: ignore[arg-type]
+            read = mask.sum(1).double()
+            checked = 1 if rule.positions == "last" else read
+            flops[active] += self.flops(read, recurrences=steps, head=1, checks=checks, checked=checked)  # type: ignore[arg-type]
             going = token != SPECIAL.eos
             active, ids, mask = active[going], torch.cat([ids, token[:, None]], 1)[going], mask[going]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)

@@ -317,15 +317,17 @@ class DepthLoop(Reasoner):
         recurrences: Tensor | int,
         head: Tensor | int = 0,
         checks: Tensor | int = 0,
+        checked: Tensor | int = 1,
     ) -> Tensor | float:
         """Forward FLOPs of ``new`` tokens after ``past`` ones, row by row: prelude, r times adapter and core, coda,
         head.
 
-        ``checks``: how many times coda and one position's head ran besides, for an exit rule that decodes.
+        ``checks``: how many times the coda ran besides, for an exit rule that decodes, with the head at ``checked``
+        positions.
         """
         prelude, core, coda = (FlopCounter(self.backbone, part) for part in (self.prelude, self.core, self.coda))
         loop = core(new, past) + self.adapter.flops_per_token * new
-        return prelude(new, past) + loop * recurrences + coda(new, past, head) + (coda(new, past, 1)) * checks
+        return prelude(new, past) + loop * recurrences + coda(new, past, head) + coda(new, past, checked) * checks
 
 
 def _parts(blocks: slice, one_by_one: bool) -> list[slice]:

@@ -73,6 +73,18 @@ def test_exits_that_never_fire_answer_like_the_state(method, make_batch):
     assert (exits.flops > fixed.flops).all()  # checks run coda and head
 
 
+@pytest.mark.parametrize("positions", ["last", "mean", "max"])
+def test_checks_cost_as_many_heads_as_positions_are_looked_at(method, make_batch, positions):
+    prompts = make_batch().prompts
+    never = {"kind": "kl", "threshold": 0.0, "positions": positions}
+    output = method.answer(prompts, AnswerLimits(knobs={"recurrences": 3, "exit_rule": never}))
+    given = prompts.mask.sum(1).double() + 1
+    looked_at = torch.ones_like(given) if positions == "last" else given
+    coda = FlopCounter(method.backbone, method.coda)
+    expected = method.flops(given, recurrences=3, head=1) + 2 * coda(given, 0, looked_at)
+    torch.testing.assert_close(output.flops, expected)
+
+
 def test_early_exit_costs_less(method, make_batch):
     prompts = make_batch().prompts
     at_once = {"kind": "latent_difference", "threshold": float("inf"), "min_steps": 2}
