@@ -168,6 +168,8 @@ def test_a_killed_comparison_continues_where_it_was(tmp_path):
         (["compare", "quickstart", "--task", "gruop"], "group"),
         (["compare", "quickstart", "--seeds", "0"], "seeds"),
         (["compare", "quickstart", "--steps", "0"], "steps"),
+        (["compare", "quickstart", "--methods", "direct", "--steps", "1", "--items", "0"], "items"),
+        (["compare", "quickstart", "--methods", "direct", "--steps", "1", "--task", "prosqa_balanced"], "difficulty 9"),
         (["compare", "quickstart", "--nothing"], "nothing"),
         (["tasks", "chian"], "chain"),
         (["tasks", "group", "--split", "dev"], "split"),
@@ -180,6 +182,32 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_one_line_and_stays(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    done = latentcot("compare", "quickstart", "--methods", "direct", "--steps", "1", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "out is a file" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_no_command_shows_the_help_and_an_interrupt_says_how_to_go_on(tmp_path):
+    done = latentcot(cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Usage" in done.stdout + done.stderr
+    assert "error" not in done.stderr
+    code = (
+        "import latentcot.cli as c, latentcot.compare as m\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
+        "m.run_comparison = stop\n"
+        "c.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "compare"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130
+    assert "run the same command again to continue" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(tmp_path):
