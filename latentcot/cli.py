@@ -15,6 +15,8 @@ from rich.markup import escape
 from latentcot.catalog.cli import papers_app
 from latentcot.site import site
 
+INTERRUPTED = 130  # exit code of a program stopped by Ctrl-C
+
 app = typer.Typer(
     name="latentcot",
     help="Latent reasoning in language models: compare methods, look at tasks, search the papers, build the site.",
@@ -133,17 +135,20 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         code = app(standalone_mode=False)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if code == INTERRUPTED:  # how typer hands on Ctrl-C
+            _complain("stopped; run the same command again to continue")
+    except (ValueError, OSError) as error:
         code = _complain(error)
     except FloatingPointError as error:
         code = _complain(error, 1)
-    except KeyboardInterrupt:
-        code = _complain("stopped; run the same command again to continue", 130)
+    except KeyboardInterrupt:  # how older versions of typer do
+        code = _complain("stopped; run the same command again to continue", INTERRUPTED)
     except Exception as error:
         # Usage errors: their class belongs to click or to typer's own copy of it, depending on typer's version.
         if not hasattr(error, "format_message"):
             raise
-        code = _complain(error.format_message())  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        code = _complain(message) if message else 2  # no message: the help was shown instead
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -75,9 +75,15 @@ def check(comparison: Comparison) -> None:
         raise ValueError(f"methods: {repeated} named twice")
     for method in comparison.methods:
         find(method.name)
+    if comparison.items < 1:
+        raise ValueError(f"items: at least 1 is needed, got {comparison.items}")
     task, evaluation = make_tasks(comparison)
-    if not evaluation.levels("test"):
-        raise ValueError(f"task {comparison.task!r} has no test examples at all in {comparison.task_config}")
+    levels, longest = evaluation.levels("test"), task.config.max_difficulty
+    if longest not in levels:
+        there = f"its test split has difficulties {', '.join(map(str, levels)) or 'of none'}"
+        raise ValueError(
+            f"task {comparison.task!r} has no test examples of difficulty {longest}, the longest trained; {there}"
+        )
     task.batch("train", [0])
     for method in comparison.methods:
         make_reasoner(comparison, method, evaluation, 0)
@@ -105,6 +111,8 @@ def run_comparison(
     jobs = cores if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs: at least 1 is needed, got {jobs}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, expected a folder")
     console = console or Console()
     check(comparison)
     planned = [
@@ -113,6 +121,13 @@ def run_comparison(
         for method in comparison.methods
     ]
     results = {job.name: done for job in planned if (done := load_result(job)) is not None}
+    task, evaluation = make_tasks(comparison)
+    items = -(-comparison.items // len(evaluation.levels("test")))
+    # In front of the training: it makes every test item, and one that can not be made must not cost the runs.
+    baselines = {
+        str(d): {**b, "heuristic_name": b.heuristic_name}
+        for d, b in evaluation.baselines_by_difficulty("test", items).items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     todo = [job for job in planned if job.name not in results]
     if results:
@@ -120,18 +135,13 @@ def run_comparison(
     # The longest runs first, so that no core is idle at the end.
     todo.sort(key=lambda job: _expected_cost(job), reverse=True)
     results |= _run_all(todo, jobs, console)
-    _, evaluation = make_tasks(comparison)
-    items = -(-comparison.items // len(evaluation.levels("test")))
     summary = {
         "schema": RESULT_SCHEMA,
         "comparison": {**{k: v for k, v in asdict(comparison).items() if k != "methods"}, "seeds": seeds},
         "methods": [asdict(m) for m in comparison.methods],
         "vocabulary": evaluation.limits.vocab_size,
-        "trained_to": comparison.task_config.get("max_difficulty"),
-        "baselines": {
-            str(d): {**b, "heuristic_name": b.heuristic_name}
-            for d, b in evaluation.baselines_by_difficulty("test", items).items()
-        },
+        "trained_to": task.config.max_difficulty,
+        "baselines": baselines,
         "machine": {
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",

@@ -169,7 +169,6 @@ def test_a_killed_comparison_continues_where_it_was(tmp_path):
         (["compare", "quickstart", "--seeds", "0"], "seeds"),
         (["compare", "quickstart", "--steps", "0"], "steps"),
         (["compare", "quickstart", "--methods", "direct", "--steps", "1", "--items", "0"], "items"),
-        (["compare", "quickstart", "--methods", "direct", "--steps", "1", "--task", "prosqa_balanced"], "difficulty 9"),
         (["compare", "quickstart", "--nothing"], "nothing"),
         (["tasks", "chian"], "chain"),
         (["tasks", "group", "--split", "dev"], "split"),
@@ -236,6 +235,14 @@ def test_settings_that_do_not_fit_are_found_before_anything_runs():
                 comparison, methods=(MethodSpec("depth_recurrence", "latent", {"prelude": 9, "core": 0, "coda": 0}),)
             )
         )
+
+
+def test_a_longest_trained_difficulty_without_test_items_is_found_before_anything_runs():
+    from dataclasses import replace
+
+    few = {"group": "Z2", "min_difficulty": 1, "max_difficulty": 2, "data_seed": 1}
+    with pytest.raises(ValueError, match="no test examples of difficulty 2"):
+        check(replace(quickstart(), task_config=few))
 
 
 def test_training_and_evaluation_tasks_share_splits():
