@@ -218,11 +218,6 @@ class MaskedDiffusion(Reasoner):
         size = self.canvas_tokens(prompts.limits)
         if limits.new_tokens is not None:
             size = min(size, limits.new_tokens)
-        if size < 1 or (limits.sequential_passes is not None and limits.sequential_passes < 1):
-            raise ValueError(
-                f"limits: at least one token and one pass are needed, got new_tokens={limits.new_tokens} and "
-                f"sequential_passes={limits.sequential_passes}"
-            )
         config = self._sampler(count, size, limits.sequential_passes)
         row, maskable = self._rows(prompts, constant(prompts.ids, *[SPECIAL.mask] * size))
         device = None if generator is None else generator.device

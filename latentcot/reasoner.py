@@ -179,6 +179,12 @@ class AnswerLimits:
     sequential_passes: int | None = None
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("new_tokens", "sequential_passes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"limits.{name}: {value!r} given, expected an integer of at least one, or None")
+
 
 @dataclass
 class AnswerOutput:

@@ -94,6 +94,11 @@ def test_greedy_decoding_equals_generate():
 def test_limits_bound_what_is_written():
     output = ChainOfThought(backbone()).answer(TASK.batch("test", range(5)).prompts, AnswerLimits(new_tokens=2))
     assert output.tokens_emitted.max() <= 2
+    for value in (0, -1, True):
+        with pytest.raises(ValueError, match="new_tokens"):
+            AnswerLimits(new_tokens=value)
+        with pytest.raises(ValueError, match="sequential_passes"):
+            AnswerLimits(sequential_passes=value)
 
 
 @pytest.mark.parametrize("kind", [Direct, ChainOfThought])
