@@ -205,6 +205,16 @@ def test_flops_agree_with_a_count_of_the_matrix_products_that_do_not_depend_on_t
     assert FlopCounter(model)(7, head=7) == pytest.approx(model.flops(7))
 
 
+def test_flops_of_a_pass_that_sees_both_ways_count_the_centred_convolution():
+    config = HybridConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, gated_deltanet={"num_heads": 2, "head_dim": 16}
+    )
+    model = HybridForCausalLM(config)
+    more = model.flops(1, 0.0, directions=2) - model.flops(1, 0.0)
+    state = 8 * 2 * 16 * 16  # a second recurrence
+    assert more == state + 2 * 3 * 32 * (4 - 1)  # and the taps of the other side: W - 1 for each channel of q, k and v
+
+
 def test_flops_of_a_row_do_not_depend_on_how_it_is_cut():
     model = HybridForCausalLM(
         HybridConfig(

@@ -167,6 +167,7 @@ class GatedDeltaNet(Mixer):
         return out, LayerState(self.name, {"matrix": matrix, "conv": conv})
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
-        convolution = 2.0 * tokens * sum(self.widths) * self.options.conv_size
+        taps = self.options.conv_size if directions == 1 else 2 * self.options.conv_size - 1  # one centred kernel
+        convolution = 2.0 * tokens * sum(self.widths) * taps
         # decay, k S, k^T u, q S: 8 K V a head and token in the recurrent form
         return linear_flops(self, tokens) + convolution + 8.0 * directions * tokens * self.v_heads * self.K * self.V
