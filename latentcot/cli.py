@@ -58,7 +58,9 @@ def compare_command(
     task: Annotated[str | None, typer.Option(help="Another task instead of the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
     items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side, one thread each; default one a core.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs side by side, sharing the cores; default one a core, of one thread each.")
+    ] = None,
 ) -> None:
     """Train and evaluate several methods on one backbone and task; write table, plots and a report page."""
     _needs("compare", "accelerate", "matplotlib")

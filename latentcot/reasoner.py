@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
+from latentcot.files import write_tensors, write_text
 
 DataForm = Literal["direct", "cot", "latent", "denoise"]
 
@@ -269,12 +270,8 @@ class Reasoner(nn.Module):
             "settings": self.settings,
             "backbone": self.backbone.config.to_diff_dict(),
         }
-        weights = folder / "model.safetensors"
-        save_file(unique_tensors(self.state_dict()), weights.with_suffix(".tmp"))
-        os.replace(weights.with_suffix(".tmp"), weights)
-        description = folder / "reasoner.json"
-        description.with_suffix(".tmp").write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
-        os.replace(description.with_suffix(".tmp"), description)
+        write_tensors(folder / "model.safetensors", unique_tensors(self.state_dict()))
+        write_text(folder / "reasoner.json", json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:

@@ -101,11 +101,12 @@ def training_rows(batch: TaskBatch, thinking: Sequence[Segment] = (), learn_mark
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of label i + 1 given position i over labels that are not -100. Only scored positions meet the
-    vocabulary-wide softmax."""
+    """Mean cross-entropy in nats of label i + 1 given position i over labels that are not -100, in fp32 or better. Only scored
+    positions meet the vocabulary-wide softmax."""
     targets = labels[:, 1:]
     scored = targets != IGNORED
-    return F.cross_entropy(logits[:, :-1][scored], targets[scored])
+    chosen = logits[:, :-1][scored]
+    return F.cross_entropy(chosen.to(torch.promote_types(chosen.dtype, torch.float32)), targets[scored])
 
 
 @dataclass(frozen=True)

@@ -202,5 +202,5 @@ def _check_packing(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor | N
     if mask is not None:
         raise ValueError("attention_mask: packed sequences have no padding; leave it out when cu_seqlens is given")
     ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(b < a for a, b in itertools.pairwise(ends)):
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(b <= a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"cu_seqlens: offsets must rise from 0 to the length {length}, got {ends[:8]}")

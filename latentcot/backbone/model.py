@@ -355,10 +355,8 @@ def next_token_loss(
         targets[:, starts - 1] = -100
     if not bool((targets != -100).any()):
         raise ValueError("labels: no position is left to score (all are -100, padded, or first in their sequence)")
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float() if logits.dtype != torch.float64 else logits[:, :-1].flatten(0, 1),
-        targets.flatten(),
-    )
+    precise = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise.flatten(0, 1), targets.flatten())
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from latentcot.files import write_tensors
 
 if TYPE_CHECKING:
     from latentcot.backbone.context import SequenceContext
@@ -166,13 +167,7 @@ class ModelState:
             "fingerprint": self.fingerprint,
             "mixers": {f"{b}.{r}": entry.mixer for (b, r), entry in self.entries.items()},
         }
-        partial = path.with_name(path.name + ".tmp")
-        save_file(
-            {k: t.detach().contiguous().cpu() for k, t in tensors.items()},
-            partial,
-            {"latentcot_state": json.dumps(description)},
-        )
-        os.replace(partial, path)
+        write_tensors(path, tensors, {"latentcot_state": json.dumps(description)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> "ModelState":
@@ -184,17 +179,18 @@ class ModelState:
             with safe_open(path, framework="pt") as file:
                 description = json.loads((file.metadata() or {})["latentcot_state"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            maker, mixers = description["fingerprint"], dict(description["mixers"])
         except Exception as error:  # safetensors, json and key errors alike mean: not a readable state
             raise ValueError(f"path: {path} is not a readable model state ({error})") from error
-        if fingerprint is not None and description["fingerprint"] != fingerprint:
+        if fingerprint is not None and maker != fingerprint:
             raise ValueError(
-                f"path: {path} was saved by another model: fingerprint {description['fingerprint']!r}, expected {fingerprint!r}"
+                f"path: {path} was saved by another model: fingerprint {maker!r}, expected {fingerprint!r}"
             )
         entries: dict[Place, LayerState] = {}
-        for key, mixer in description["mixers"].items():
+        for key, mixer in mixers.items():
             block, recurrence = map(int, key.split("."))
             prefix = f"entry.{key}."
             entries[block, recurrence] = LayerState(
                 mixer, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
-        return cls(description["fingerprint"], entries, tensors.get("lengths"), tensors.get("valid"))
+        return cls(maker, entries, tensors.get("lengths"), tensors.get("valid"))

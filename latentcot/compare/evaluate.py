@@ -60,6 +60,8 @@ def evaluate(
             began = time.perf_counter()
             with torch.no_grad():
                 output = reasoner.answer(batch.prompts, limits, generator)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             seconds += time.perf_counter() - began
             prompts.update(tuple(t for t in row if t != SPECIAL.pad) for row in batch.prompts.ids.tolist())
             correct += int(task.score(batch, output.ids).sum())

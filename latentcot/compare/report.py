@@ -1,7 +1,6 @@
 """The written result of a comparison: table (Markdown and terminal), plots, and one self-contained ``report.html``."""
 
 import base64
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from latentcot.backbone import HybridConfig
 from latentcot.compare.plots import draw_all
 from latentcot.compare.summary import MethodSummary, baseline_columns, claims, summarise
+from latentcot.files import write_text
 
 COLUMNS = (
     "method",
@@ -91,7 +91,7 @@ def terminal_table(results: dict[str, Any]) -> Table:
     for name, heading in titles.items():
         table.add_column(heading, justify="left" if name == "method" else "right", no_wrap=True)
     for cells in main_table(results):
-        table.add_row(*(cells[name] for name in titles))
+        table.add_row(*(cells[name].split(" ± ")[0] for name in titles))
     return table
 
 
@@ -120,6 +120,11 @@ def _backbone_words(backbone: dict[str, Any]) -> str:
 def claim_sentences(results: dict[str, Any]) -> list[str]:
     """What these runs say of each latent method, read off the table."""
     sentences = []
+    if results["comparison"]["seeds"] < 2:
+        sentences.append(
+            "One training run of each method: standard errors hold the choice of test items, not how much another seed would change; "
+            "--seeds 3 repeats everything."
+        )
     for c in claims(summarise(results)):
         figures = f"difference {c.difference:+.3f}, standard error {c.error:.3f}"
         match c.verdict:
@@ -149,7 +154,7 @@ def markdown(results: dict[str, Any]) -> str:
 def write_report(results: dict[str, Any], out: Path) -> Path:
     """Write ``table.md``, ``plots/*.png`` and ``report.html`` into ``out``; returns the path of the page."""
     pictures = draw_all(results, summarise(results), out / "plots")
-    _write(out / "table.md", markdown(results))
+    write_text(out / "table.md", markdown(results))
     header, body = difficulty_table(results)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -167,11 +172,5 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         machine=results["machine"],
     )
     path = out / "report.html"
-    _write(path, page)
+    write_text(path, page)
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -39,6 +39,7 @@ from latentcot.compare.worker import (
     run_name,
     write_json,
 )
+from latentcot.tasks import make_task
 
 _QUEUE: Any = None  # set in worker processes
 REPORT_EVERY = 10  # steps between two messages of a worker
@@ -97,7 +98,7 @@ def run_comparison(
     Args:
         out: folder of the comparison; run it again with the same folder and it continues where it was.
         seeds: training seeds 0 .. seeds - 1 for every method.
-        jobs: runs side by side, one thread each; default one a core.
+        jobs: runs side by side, sharing the cores; default one a core, of one thread each.
 
     Returns:
         The contents of ``results.json``.
@@ -237,8 +238,8 @@ def with_options(
         known = {m.name: m for m in comparison.methods}
         comparison = replace(comparison, methods=tuple(known.get(name, MethodSpec(name, "latent")) for name in methods))
     if task is not None and task != comparison.task:
-        config = {k: v for k, v in comparison.task_config.items() if k in ("min_difficulty", "max_difficulty")}
-        comparison = replace(comparison, task=task, task_config=config)
+        # Another task has levels of its own: its default range is trained on and evaluated on, and nothing beyond.
+        comparison = replace(comparison, task=task, task_config={}, evaluate_to=make_task(task).config.max_difficulty)
     if steps is not None:
         comparison = replace(comparison, train=replace(comparison.train, steps=steps))
     if items is not None:

@@ -5,7 +5,6 @@ Each run has a folder, ``runs/<method>-seed<k>/``, with ``checkpoint.safetensors
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.compare.evaluate import evaluate
 from latentcot.compare.methods import find
 from latentcot.compare.presets import Comparison, MethodSpec
+from latentcot.files import write_text
 from latentcot.reasoner import SPECIAL, Reasoner, TaskBatch, TaskLimits
 from latentcot.tasks import make_task
 from latentcot.tasks.base import Task
@@ -157,6 +157,4 @@ def load_result(job: Job) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")

@@ -4,16 +4,15 @@ Everything is a tensor or JSON inside one safetensors file, so nothing is ever u
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentcot.files import write_tensors
 from latentcot.reasoner import unique_tensors
 
 FORMAT = 1
@@ -42,14 +41,12 @@ def save_checkpoint(
     tensors = {f"model.{k}": v for k, v in unique_tensors(model.state_dict()).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().contiguous().cpu()
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
     for name, value in (average or {}).items():
-        tensors[f"average.{name}"] = value.detach().contiguous().cpu()
+        tensors[f"average.{name}"] = value
     description = {"format": FORMAT, "run": run, "progress": vars(progress)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    save_file(tensors, partial, {"latentcot_checkpoint": json.dumps(description)})
-    os.replace(partial, path)
+    write_tensors(path, tensors, {"latentcot_checkpoint": json.dumps(description)})
 
 
 def load_checkpoint(

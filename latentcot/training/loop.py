@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from latentcot.reasoner import Phase, Reasoner, StepContext, TaskBatch
@@ -60,10 +61,20 @@ class TrainConfig:
     mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: at least 1 is needed, got {self.steps}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate: expected within (0, 1), got {self.learning_rate}")
+        for name, least in (("steps", 1), ("warmup_steps", 0), ("checkpoint_every", 0), ("log_every", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name, low, high in (
+            ("learning_rate", 0.0, 1.0),
+            ("final_rate", 0.0, 1.0),
+            ("weight_decay", 0.0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name}: expected a number within [{low}, {high}], got {value!r}")
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate: 0 would train nothing")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision: {self.mixed_precision!r} given, expected 'no' or 'bf16'")
         if self.grad_clip is not None and self.grad_clip <= 0:
@@ -103,7 +114,11 @@ def train(
         ValueError: a damaged checkpoint, or one of another configuration.
         FloatingPointError: the loss is not finite (step and phase named).
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # accelerate keeps the first precision of a process for good; a notebook may ask for two
+    # Methods leave parameters out of a pass (frozen phases, gates of another direction): gradients must not be waited for.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
     phases = tuple(reasoner.phases())
     borders = phase_borders(phases, config.steps)
     optimizer = torch.optim.AdamW(
@@ -131,7 +146,7 @@ def train(
                     average = None
                 entered, carry = phase, None
             batch = next(batches).to(accelerator.device)
-            seed = (config.seed * 1_000_003 + step) * 1_009 + accelerator.process_index
+            seed = (config.seed * 1_000_003 + step) * 1_009 + 2 * accelerator.process_index
             torch.manual_seed(seed)
             context = StepContext(
                 step=step,

@@ -229,6 +229,7 @@ def test_patterns_by_period_and_by_linear_layers_per_full_one():
         ({"input_ids": tokens(), "cu_seqlens": torch.tensor([0, 12])}, "batch size 1"),
         ({"input_ids": tokens(1), "cu_seqlens": torch.tensor([0, 5, 3, 12])}, "offsets must rise"),
         ({"input_ids": tokens(1), "cu_seqlens": torch.tensor([0, 11])}, "offsets must rise"),
+        ({"input_ids": tokens(1), "cu_seqlens": torch.tensor([0, 3, 3, 12])}, "offsets must rise"),
         ({"input_ids": tokens(), "visibility": BlockCausal(4)}, "BlockCausal"),
         ({"input_ids": tokens(), "labels": torch.full((3, 12), -100)}, "no position is left"),
         ({"input_ids": tokens(), "labels": torch.ones(3, 11, dtype=torch.long)}, "labels"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM, ModelState
 
@@ -70,7 +71,10 @@ def test_files_that_are_no_states_are_refused(tmp_path):
     model(ids, use_cache=True).state.save(path)
     with pytest.raises(ValueError, match="another model"):
         ModelState.load(path, "0123456789abcdef")
-    path.write_bytes(path.read_bytes()[:200])
+    save_file({"x": torch.zeros(1)}, path, {"latentcot_state": "{}"})
+    with pytest.raises(ValueError, match="not a readable model state"):
+        ModelState.load(path)
+    path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="not a readable model state"):
         ModelState.load(path)
 

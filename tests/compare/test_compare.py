@@ -245,6 +245,25 @@ def test_a_longest_trained_difficulty_without_test_items_is_found_before_anythin
         check(replace(quickstart(), task_config=few))
 
 
+def test_another_task_runs_on_its_own_levels(tmp_path):
+    """Several tokens a step, two options as answers, levels of its own: the whole way to the report."""
+    methods = ["direct", "cot", "coconut", "masked_diffusion"]
+    for name in ("chain", "prosqa_balanced"):
+        comparison = with_options(quickstart(), steps=3, items=20, methods=methods, task=name)
+        results = run_comparison(comparison, tmp_path / name, jobs=2)
+        write_report(results, tmp_path / name)
+        assert [run["method"] for run in results["runs"]] == methods
+        assert results["trained_to"] == make_tasks(comparison)[0].config.max_difficulty
+
+
+def test_one_seed_claims_less_than_three():
+    """How many standard errors make a difference depends on the seeds behind them."""
+    assert Claim("a", "b", 0.03, 0.01, seeds=1).verdict == "above"
+    assert Claim("a", "b", 0.025, 0.01, seeds=3).verdict == "not told apart"
+    assert Claim("a", "b", 0.03, 0.01, seeds=3).verdict == "above"
+    assert Claim("a", "b", 0.03, 0.01, seeds=2).verdict == "not told apart"
+
+
 def test_training_and_evaluation_tasks_share_splits():
     training, evaluation = make_tasks(quickstart())
     assert training.config.max_difficulty == 9

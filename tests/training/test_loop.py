@@ -149,10 +149,23 @@ def test_the_learning_rate_warms_up_and_falls_to_its_share():
     assert abs(rates[-1] - 0.1) < 1e-3
 
 
+def test_two_precisions_in_one_process():
+    for precision in ("no", "bf16", "no"):
+        train(make(), Data(), replace(CONFIG, steps=2, mixed_precision=precision))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"log_every": 0}, "log_every"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"checkpoint_every": -3}, "checkpoint_every"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"final_rate": 5}, "final_rate"),
+        ({"learning_rate": "a"}, "learning_rate"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"grad_clip": 0.0}, "grad_clip"),
         ({"mixed_precision": "fp16"}, "bf16"),
