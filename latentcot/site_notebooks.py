@@ -132,7 +132,14 @@ def _execute(notebook: Any, path: Path) -> None:
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     where = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=TIMEOUT_S, startup_timeout=180, kernel_name="python3", resources=where)
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT_S,
+        startup_timeout=180,
+        kernel_name="python3",
+        resources=where,
+        coalesce_streams=True,  # lines printed one by one are one output, not one paragraph each
+    )
     # The kernel of this interpreter, whatever a kernel specification of the user says.
     client.create_kernel_manager()
     assert client.km is not None
