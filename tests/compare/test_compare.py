@@ -13,7 +13,7 @@ import pytest
 from latentcot.compare import quickstart, with_options, write_report
 from latentcot.compare.report import claim_sentences, main_table, markdown
 from latentcot.compare.run import check, run_comparison
-from latentcot.compare.summary import Claim, baseline_columns, summarise
+from latentcot.compare.summary import Claim, _item_error, baseline_columns, summarise
 from latentcot.compare.worker import make_tasks
 
 ALL = [m.name for m in quickstart().methods]
@@ -254,6 +254,15 @@ def test_another_task_runs_on_its_own_levels(tmp_path):
         write_report(results, tmp_path / name)
         assert [run["method"] for run in results["runs"]] == methods
         assert results["trained_to"] == make_tasks(comparison)[0].config.max_difficulty
+
+
+def test_asking_the_same_item_again_makes_nothing_surer():
+    few = [{"accuracy": 1.0, "items": 4, "distinct": 4}, {"accuracy": 0.5, "items": 100, "distinct": 100}]
+    repeated = [few[0] | {"items": 100}, few[1]]
+    assert _item_error(repeated) == _item_error(few)
+    by_hand = ((5 / 6) * (1 / 6) / 4 + (51 / 102) * (51 / 102) / 100) ** 0.5 / 2
+    assert _item_error(few) == pytest.approx(by_hand)
+    assert _item_error([few[0]]) > 0.15, "four right answers of four are no certainty"
 
 
 def test_one_seed_claims_less_than_three():

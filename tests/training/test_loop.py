@@ -102,6 +102,22 @@ def test_trainable_prefixes_freeze_the_rest():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_phase_can_forget_the_moments_of_the_one_before(tmp_path):
+    from safetensors import safe_open
+
+    def steps_counted(reset: bool) -> set[float]:
+        class Halves(Direct):
+            def phases(self):
+                return (Phase("a"), Phase("b", reset_optimizer=reset))
+
+        train(make(Halves), Data(), CONFIG, tmp_path / str(reset))
+        with safe_open(tmp_path / str(reset) / "checkpoint.safetensors", framework="pt") as file:
+            return {float(file.get_tensor(k)) for k in file.keys() if k.endswith(".step")}  # noqa: SIM118 (no mapping)
+
+    assert steps_counted(reset=True) == {6.0}
+    assert steps_counted(reset=False) == {12.0}
+
+
 def test_the_loss_falls():
     model = make()
     report = train(model, Data(), replace(CONFIG, steps=60, log_every=10))
