@@ -15,17 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Task as Bar
-from rich.text import Text
+from rich.progress import Progress, TaskID
 
 from latentcot.compare.methods import find
 from latentcot.compare.presets import Comparison, MethodSpec
@@ -40,17 +30,10 @@ from latentcot.compare.worker import (
     write_json,
 )
 from latentcot.tasks import make_task
+from latentcot.training import training_progress
 
 _QUEUE: Any = None  # set in worker processes
 REPORT_EVERY = 10  # steps between two messages of a worker
-
-
-class RateColumn(ProgressColumn):
-    """Steps a second."""
-
-    def render(self, task: Bar) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:5.1f} it/s", style="progress.data.speed")
 
 
 def _adopt(queue: Any) -> None:
@@ -171,15 +154,7 @@ def _run_all(todo: Sequence[Job], jobs: int, console: Console) -> dict[str, dict
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            RateColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[what]}"),
-            console=console,
-        ) as progress,
+        training_progress(console) as progress,
     ):
         queue = manager.Queue()
         bars: dict[str, TaskID] = {

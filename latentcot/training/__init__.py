@@ -3,6 +3,7 @@
 from latentcot.training.budget import FlopCounter, count_parameters
 from latentcot.training.checkpoint import load_checkpoint, save_checkpoint
 from latentcot.training.loop import BatchSource, TrainConfig, TrainReport, phase_borders, rate, train
+from latentcot.training.progress import progress_bar, training_progress
 
 __all__ = [
     "BatchSource",
@@ -12,7 +13,9 @@ __all__ = [
     "count_parameters",
     "load_checkpoint",
     "phase_borders",
+    "progress_bar",
     "rate",
     "save_checkpoint",
     "train",
+    "training_progress",
 ]

@@ -108,10 +108,10 @@ def train(
 
     Args:
         folder: where checkpoints go; ``None`` = nothing is saved.
-        watch: sees every step, for progress bars.
+        watch: sees every step; :func:`~latentcot.training.progress_bar` makes one that shows it.
 
     Raises:
-        ValueError: a damaged checkpoint, or one of another configuration.
+        ValueError: a damaged checkpoint, one of another configuration, or a folder for a method whose carry it can not hold.
         FloatingPointError: the loss is not finite (step and phase named).
     """
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
@@ -170,6 +170,11 @@ def train(
                 accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             carry = output.carry
+            if carry is not None and path is not None:
+                raise ValueError(
+                    f"folder: {reasoner.method!r} carries rows over optimiser steps, and checkpoints hold no carry: a resumed run "
+                    "would not be the same; train with folder=None"
+                )
             if phase.ema is not None:
                 average = _moved_average(average, accelerator.unwrap_model(model), phase.ema)
             progress.step = step + 1

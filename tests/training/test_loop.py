@@ -10,7 +10,7 @@ from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.baselines import ChainOfThought, Direct
 from latentcot.reasoner import LossOutput, Phase, Reasoner, TaskBatch
 from latentcot.tasks import make_task
-from latentcot.training import FlopCounter, TrainConfig, count_parameters, phase_borders, rate, train
+from latentcot.training import FlopCounter, TrainConfig, count_parameters, phase_borders, progress_bar, rate, train
 
 TASK = make_task("group", group="S3", min_difficulty=2, max_difficulty=4)
 
@@ -116,6 +116,33 @@ def test_a_phase_can_forget_the_moments_of_the_one_before(tmp_path):
 
     assert steps_counted(reset=True) == {6.0}
     assert steps_counted(reset=False) == {12.0}
+
+
+def test_the_bar_shows_steps_rate_time_and_loss():
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    with progress_bar("direct", console) as watch:
+        train(make(), Data(), CONFIG, watch=watch)
+    last = [line for line in out.getvalue().splitlines() if "direct" in line][-1]
+    for part in ("direct", "12/12", "it/s", "0:00:00", "train, loss "):
+        assert part in last, last
+
+
+def test_a_carry_is_not_lost_in_silence(tmp_path):
+    class Carrying(Direct):
+        def loss(self, batch, ctx, carry=None):
+            output = super().loss(batch, ctx)
+            output.carry = 1
+            return output
+
+    train(make(Carrying), Data(), CONFIG)
+    with pytest.raises(ValueError, match="checkpoints hold no carry"):
+        train(make(Carrying), Data(), CONFIG, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_loss_falls():
