@@ -96,3 +96,58 @@ class override:
     def __exit__(self, *_: object) -> None:
         _overrides.clear()
         _overrides.update(self.before)
+
+
+WINDOW = 256  # tokens between two stored states; every chunk length divides it
+
+
+@lru_cache(maxsize=64)
+def _regular_spans(B: int, S: int, length: int, device: torch.device) -> Tensor:
+    return _spans(_regular_offsets(B, S, device), length, B * -(-S // length))
+
+
+def _spans(offsets: Tensor, length: int, count: int) -> Tensor:
+    with torch.inference_mode(False):
+        begin, end = offsets[:-1], offsets[1:]
+        pieces = torch.cumsum((end - begin + length - 1) // length, 0)
+        index = torch.arange(count, device=offsets.device)
+        n = torch.searchsorted(pieces, index, right=True)
+        used = n < begin.numel()
+        n = n.clamp_max(begin.numel() - 1)
+        first = torch.where(n > 0, pieces[(n - 1).clamp_min(0)], 0)
+        start = torch.minimum(begin[n] + (index - first) * length, end[n])
+        start = torch.where(used, start, end[n])
+        stop = torch.where(used, torch.minimum(start + length, end[n]), start)
+        return torch.stack([start, stop, n, used & (stop == end[n])], 1)
+
+
+def spans(B: int, S: int, cu_seqlens: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Pieces of ``length`` tokens of every sequence, ``[pieces,4]`` int64: first token, end, sequence, whether the last.
+
+    Their number is known from shapes alone (nothing is read back from the device), so with packed rows some are empty
+    (first token = end).
+    """
+    if cu_seqlens is None:
+        return _regular_spans(B, S, length, device)
+    offsets = sequence_offsets(B, S, cu_seqlens, device)
+    return _spans(offsets, length, B * S // length + offsets.numel() - 1)
+
+
+@lru_cache(maxsize=64)
+def _regular_bases(B: int, S: int, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(B, device=device, dtype=torch.int64) * -(-S // length)
+
+
+def span_bases(B: int, S: int, cu_seqlens: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Index in :func:`spans` of the first piece of each sequence, ``[N]`` int64."""
+    if cu_seqlens is None:
+        return _regular_bases(B, S, length, device)
+    offsets = sequence_offsets(B, S, cu_seqlens, device)
+    pieces = (offsets[1:] - offsets[:-1] + length - 1) // length
+    return torch.cumsum(pieces, 0) - pieces
+
+
+def span_count(B: int, S: int, cu_seqlens: Tensor | None, length: int) -> int:
+    """How many pieces :func:`spans` has."""
+    return B * -(-S // length) if cu_seqlens is None else B * S // length + cu_seqlens.numel() - 1

@@ -1,0 +1,465 @@
+r"""Decay attention in Triton with one decay per key channel.
+
+The weight of token j seen from token i differs in every channel, :math:`D_{ij\kappa} = \exp(\sum_{j<t\le i} g_{t\kappa})`, so
+:math:`A_{ij} = s \sum_\kappa q_{i\kappa} k_{j\kappa} D_{ij\kappa}` is no plain product. A chunk is split in halves again and again: for i in
+a right half and j in the left half before it, the exponent is one sum up to the midpoint for the key and one from there
+for the query, so every level is a matrix product of scaled rows (``segments.py`` has the same scheme for the CPU).
+Every exponent is a plain sum of gates, formed as a product with a 0/1 matrix: nothing positive is ever exponentiated,
+nothing cancels, and a full reset costs nothing extra.
+
+Four kernels share the work:
+
+* :func:`prepare`, parallel over chunks: ``A`` ``[.,C]``, the reading rows :math:`\hat q = s\, q e^{G}`, the writing rows
+  :math:`\hat k = k e^{G_C - G}` and the chunk's decay :math:`e^{G_C}`;
+* :func:`recurrence`, along the sequence: :math:`Y = W C + A S`, :math:`S' = e^{G_C} S + B^\top C`. It makes o from
+  :math:`(A, \hat q, \hat k, v)`, dv from :math:`(A^\top, \hat k, \hat q, do)`, and the parts of dq and dk that pass through the state;
+* :func:`gradients`, parallel over windows of 256 tokens: the parts of dq and dk inside chunks, and
+  :math:`dg_t = \sum_{t' \ge t} (q \odot dq - k \odot dk)_{t'}`, where the sum beyond the window is the row sum of S ⊙ dS at its end.
+
+HGRN2 runs on the same kernels: with ``lower_bound`` given, "k" holds the raw gate f, and q, k and g are made on the
+fly, :math:`\alpha = lb + (1-lb)\sigma(f)`, :math:`k = 1-\alpha`, :math:`g = \log \alpha`, :math:`q \leftarrow \mathrm{silu}(q)`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latentcot.kernels.launch import WINDOW, Launch, launch_shape, power_of_two
+
+LOWEST = tl.constexpr(-200.0)  # in base 2: exp2 of it is zero in float32
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _log1p_small(x):
+    """log(1 + x) for |x| < 0.02."""
+    return x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * 0.2))))
+
+
+@triton.jit
+def hgrn_gate(f, bound):
+    """(log alpha, 1 - alpha) of alpha = bound + (1 - bound) sigmoid(f), each without cancellation."""
+    small = tl.exp(-tl.abs(f))
+    log1p_small = tl.where(small < 0.02, _log1p_small(small), tl.log(1.0 + small))
+    log_sigmoid = tl.minimum(f, 0.0) - log1p_small
+    key = (1.0 - bound) * tl.where(f > 0, small, 1.0) / (1.0 + small)
+    log_alpha = tl.where(key < 0.02, _log1p_small(-key), tl.log(tl.maximum(1.0 - key, 1e-38)))
+    return tl.where(bound > 0, log_alpha, log_sigmoid), key
+
+
+@triton.jit
+def _load_rows(
+    q, k, g, bound, q_at, k_at, g_at, bound_at, mask, HGRN2: tl.constexpr
+):  # fmt: skip
+    """(q, k, g in base 2), float32, of one tile; masked rows are neutral."""
+    q_rows = tl.load(q + q_at, mask=mask, other=0.0).to(tl.float32)
+    k_rows = tl.load(k + k_at, mask=mask, other=0.0).to(tl.float32)
+    if HGRN2:
+        gates, k_rows = hgrn_gate(k_rows, bound_at)
+        q_rows = q_rows / (1.0 + tl.exp(-q_rows))
+        gates = tl.where(mask, gates, 0.0)
+        k_rows = tl.where(mask, k_rows, 0.0)
+    else:
+        gates = tl.load(g + g_at, mask=mask, other=0.0).to(tl.float32)
+    return q_rows, k_rows, tl.maximum(gates * LOG2E, LOWEST)
+
+
+@triton.jit
+def _prepare_kernel(
+    q, k, g, bound, pairs, read, write, totals, spans, scale, H, K,
+    q_token, q_head, k_token, k_head, g_token, g_head,
+    HGRN2: tl.constexpr,
+    REVERSE: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BK: tl.constexpr,
+    SUMS: tl.constexpr,  # dtype in which gates are summed: float16 is finer than bfloat16 where gates matter
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    start = tl.load(spans + piece * 4)
+    end = tl.load(spans + piece * 4 + 1)
+    if end > start:
+        rows = tl.arange(0, C)
+        t = start + rows
+        valid = t < end
+        i = rows[:, None]
+        j = rows[None, :]
+        acc = tl.zeros([C, C], dtype=tl.float32)
+        up_to = (j <= i).to(SUMS)
+        after = (j > i).to(SUMS)
+        dtype = read.dtype.element_ty
+        for k0 in range(0, K, BK):
+            dk = k0 + tl.arange(0, BK)
+            mask = valid[:, None] & (dk < K)[None, :]
+            low = 0.0
+            if HGRN2:
+                low = tl.load(bound + h * K + dk, mask=dk < K, other=0.0).to(tl.float32)[None, :]
+            q_rows, k_rows, gates = _load_rows(
+                q, k, g, bound,
+                t[:, None] * q_token + h * q_head + dk[None, :], t[:, None] * k_token + h * k_head + dk[None, :],
+                t[:, None] * g_token + h * g_head + dk[None, :], low, mask, HGRN2,
+            )  # fmt: skip
+            summed = gates.to(SUMS)
+            before = tl.exp2(tl.dot(up_to, summed, input_precision=PRECISION))
+            behind = tl.exp2(tl.dot(after, summed, input_precision=PRECISION))
+            at = t[:, None] * (H * K) + h * K + dk[None, :]
+            if REVERSE:
+                tl.store(read + at, (q_rows * behind * scale).to(dtype), mask=mask)
+                tl.store(write + at, (k_rows * before).to(dtype), mask=mask)
+            else:
+                tl.store(read + at, (q_rows * before * scale).to(dtype), mask=mask)
+                tl.store(write + at, (k_rows * behind).to(dtype), mask=mask)
+            total = tl.exp2(tl.sum(summed.to(tl.float32), 0))
+            tl.store(totals + (piece.to(tl.int64) * H + h) * K + dk, total, mask=dk < K)
+            own = tl.dot(q_rows.to(dtype), tl.trans(k_rows.to(dtype)), input_precision=PRECISION)
+            acc += tl.where(i == j, own, 0.0)
+            for level in tl.static_range(LEVELS):
+                half: tl.constexpr = C >> (level + 1)
+                right = (i // half) % 2 == 1
+                edge = tl.where(right, i // half * half, (i // half + 1) * half)
+                between = tl.where(right, (j >= edge) & (j <= i), (j > i) & (j < edge)).to(SUMS)
+                factor = tl.exp2(tl.dot(between, summed, input_precision=PRECISION))
+                if REVERSE:
+                    reader = tl.where(right, 0.0, q_rows * factor).to(dtype)
+                    source = tl.where(right, k_rows * factor, 0.0).to(dtype)
+                else:
+                    reader = tl.where(right, q_rows * factor, 0.0).to(dtype)
+                    source = tl.where(right, 0.0, k_rows * factor).to(dtype)
+                product = tl.dot(reader, tl.trans(source), input_precision=PRECISION)
+                acc += tl.where(i // (2 * half) == j // (2 * half), product, 0.0)
+        tl.store(pairs + t[:, None] * (H * C) + h * C + j, (acc * scale).to(dtype), mask=valid[:, None])
+
+
+@triton.jit
+def _recurrence_kernel(
+    pairs, a, b, c, totals, out, s_in, s_out, stored, carry, offsets, pieces, bases,
+    H, DA, DC,
+    a_token, a_head, b_token, b_head, c_token, c_head, in_row, in_column,
+    PAIRS: tl.constexpr,  # 0 none, 1 as stored, 2 transposed
+    REVERSE: tl.constexpr,
+    ROWS: tl.constexpr,  # the decays belong to the rows of the state, else to its columns
+    HAS_IN: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    WINDOWS: tl.constexpr,  # 0, or 1: store the state at window starts, or 2: its overlap with the stored one
+    C: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    CHUNKS_A_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1) // H
+    h = (tl.program_id(1) % H).to(tl.int64)
+    start = tl.load(offsets + n)
+    end = tl.load(offsets + n + 1)
+    piece = tl.load(pieces + n)
+    rows = tl.arange(0, C)
+    da = tl.arange(0, BA)
+    dc = tl.program_id(0) * BC + tl.arange(0, BC)
+    a_inside = (da < DA)[None, :]
+    c_inside = (dc < DC)[None, :]
+    a += h * a_head + da[None, :]
+    b += h * b_head + da[None, :]
+    c += h * c_head + dc[None, :]
+    out += h * DC + dc[None, :]
+    state_at = (n.to(tl.int64) * H + h) * DA * DC
+    square = (da < DA)[:, None] & c_inside
+    if HAS_IN:
+        state = tl.load(s_in + state_at + da[:, None] * in_row + dc[None, :] * in_column, mask=square, other=0.0)
+    else:
+        state = tl.zeros([BA, BC], dtype=tl.float32)
+    if WINDOWS > 0:
+        base = tl.load(bases + n)
+    chunks = tl.cdiv(end - start, C).to(tl.int32)
+    for step in range(chunks):
+        if REVERSE:
+            chunk = chunks - 1 - step
+        else:
+            chunk = step
+        t = start + chunk.to(tl.int64) * C + rows
+        valid = t < end
+        row = valid[:, None]
+        if WINDOWS > 0 and not REVERSE:
+            if chunk % CHUNKS_A_WINDOW == 0:
+                at = (base + chunk // CHUNKS_A_WINDOW) * H + h
+                if WINDOWS == 1:
+                    tl.store(stored + at * DA * DC + da[:, None] * DC + dc[None, :], state, mask=square)
+                else:
+                    other = tl.load(stored + at * DA * DC + da[:, None] * DC + dc[None, :], mask=square, other=0.0)
+                    tl.store(carry + at * DC + dc, tl.sum(state * other, 0), mask=dc < DC)
+        a_rows = tl.load(a + t[:, None] * a_token, mask=row & a_inside, other=0.0)
+        b_rows = tl.load(b + t[:, None] * b_token, mask=row & a_inside, other=0.0)
+        c_rows = tl.load(c + t[:, None] * c_token, mask=row & c_inside, other=0.0)
+        y = tl.dot(a_rows, state.to(a_rows.dtype), input_precision=PRECISION)
+        if PAIRS == 1:
+            w = tl.load(pairs + t[:, None] * (H * C) + h * C + rows[None, :], mask=row, other=0.0)
+            y = tl.dot(w, c_rows, acc=y, input_precision=PRECISION)
+        elif PAIRS == 2:
+            w = tl.load(pairs + t[None, :] * (H * C) + h * C + rows[:, None], mask=valid[None, :], other=0.0)
+            y = tl.dot(w, c_rows, acc=y, input_precision=PRECISION)
+        tl.store(out + t[:, None] * (H * DC), y.to(out.dtype.element_ty), mask=row & c_inside)
+        if ROWS:
+            total = tl.load(totals + ((piece + chunk) * H + h) * DA + da, mask=da < DA, other=0.0)
+            state *= total[:, None]
+        else:
+            total = tl.load(totals + ((piece + chunk) * H + h) * DC + dc, mask=dc < DC, other=0.0)
+            state *= total[None, :]
+        state = tl.dot(tl.trans(b_rows), c_rows, acc=state, input_precision=PRECISION)
+        if WINDOWS > 0 and REVERSE:
+            if chunk % CHUNKS_A_WINDOW == 0:
+                at = (base + chunk // CHUNKS_A_WINDOW) * H + h
+                if WINDOWS == 1:
+                    tl.store(stored + at * DA * DC + da[:, None] * DC + dc[None, :], state, mask=square)
+                else:
+                    other = tl.load(stored + at * DA * DC + da[:, None] * DC + dc[None, :], mask=square, other=0.0)
+                    tl.store(carry + at * DC + dc, tl.sum(state * other, 0), mask=dc < DC)
+    if HAS_OUT:
+        tl.store(s_out + state_at + da[:, None] * DC + dc[None, :], state, mask=square)
+
+
+@triton.jit
+def _gradients_kernel(
+    q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, spans, scale, H, K, V,
+    q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
+    HGRN2: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(2).to(tl.int64)
+    begin = tl.load(spans + piece * 4)
+    end = tl.load(spans + piece * 4 + 1)
+    if end > begin:
+        n = tl.load(spans + piece * 4 + 2)
+        final = tl.load(spans + piece * 4 + 3)
+        rows = tl.arange(0, C)
+        i = rows[:, None]
+        j = rows[None, :]
+        channel = tl.program_id(0) * BK + tl.arange(0, BK)
+        inside = channel < K
+        dtype = q.dtype.element_ty
+        up_to = (j <= i).to(SUMS)
+        after = (j > i).to(SUMS)
+        low = 0.0
+        if HGRN2:
+            low = tl.load(bound + h * K + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        beyond = tl.zeros([BK], dtype=tl.float32)  # what later tokens add to every gate gradient
+        if final == 0:
+            beyond += tl.load(carry + ((piece + 1) * H + h) * K + channel, mask=inside, other=0.0)
+        elif HAS_EDGE:
+            beyond += tl.load(edge + (n * H + h) * K + channel, mask=inside, other=0.0)
+        bound_sum = tl.zeros([BK], dtype=tl.float32)
+        chunks = tl.cdiv(end - begin, C).to(tl.int32)
+        for step in range(chunks):
+            t = begin + (chunks - 1 - step).to(tl.int64) * C + rows
+            valid = t < end
+            mask = valid[:, None] & inside[None, :]
+            direct = tl.zeros([C, C], dtype=tl.float32)
+            across = tl.zeros([C, C], dtype=tl.float32)
+            for v0 in range(0, V, BV):
+                dv = v0 + tl.arange(0, BV)
+                wide = valid[:, None] & (dv < V)[None, :]
+                v_rows = tl.load(v + t[:, None] * v_token + h * v_head + dv[None, :], mask=wide, other=0.0)
+                do_rows = tl.load(do + t[:, None] * do_token + h * do_head + dv[None, :], mask=wide, other=0.0)
+                direct = tl.dot(do_rows, tl.trans(v_rows), acc=direct, input_precision=PRECISION)
+                across = tl.dot(v_rows, tl.trans(do_rows), acc=across, input_precision=PRECISION)
+            q_rows, k_rows, gates = _load_rows(
+                q, k, g, bound,
+                t[:, None] * q_token + h * q_head + channel[None, :],
+                t[:, None] * k_token + h * k_head + channel[None, :],
+                t[:, None] * g_token + h * g_head + channel[None, :], low, mask, HGRN2,
+            )  # fmt: skip
+            summed = gates.to(SUMS)
+            before = tl.exp2(tl.dot(up_to, summed, input_precision=PRECISION))
+            behind = tl.exp2(tl.dot(after, summed, input_precision=PRECISION))
+            at = t[:, None] * (H * K) + h * K + channel[None, :]
+            through_q = tl.load(dq_state + at, mask=mask, other=0.0).to(tl.float32) * scale
+            through_k = tl.load(dk_state + at, mask=mask, other=0.0).to(tl.float32)
+            if REVERSE:
+                dq_rows = through_q * behind
+                dk_rows = through_k * before
+            else:
+                dq_rows = through_q * before
+                dk_rows = through_k * behind
+            own = tl.sum(tl.where(i == j, direct, 0.0), 1)[:, None] * scale
+            for level in tl.static_range(LEVELS):
+                half: tl.constexpr = C >> (level + 1)
+                right = (i // half) % 2 == 1
+                edge_row = tl.where(right, i // half * half, (i // half + 1) * half)
+                between = tl.where(right, (j >= edge_row) & (j <= i), (j > i) & (j < edge_row)).to(SUMS)
+                factor = tl.exp2(tl.dot(between, summed, input_precision=PRECISION))
+                pair = (i // (2 * half) == j // (2 * half)) & (right != ((j // half) % 2 == 1))
+                if REVERSE:
+                    d_pairs = tl.where(right, across, direct)
+                    z = tl.where(right, k_rows, q_rows) * factor
+                else:
+                    d_pairs = tl.where(right, direct, across)
+                    z = tl.where(right, q_rows, k_rows) * factor
+                d_pairs = tl.where(pair, d_pairs, 0.0) * scale
+                dz = tl.dot(d_pairs.to(dtype), z.to(dtype), input_precision=PRECISION) * factor
+                if REVERSE:
+                    dq_rows += tl.where(right, 0.0, dz)
+                    dk_rows += tl.where(right, dz, 0.0)
+                else:
+                    dq_rows += tl.where(right, dz, 0.0)
+                    dk_rows += tl.where(right, 0.0, dz)
+            if REVERSE:
+                x = k_rows * dk_rows - q_rows * dq_rows
+            else:
+                x = q_rows * dq_rows - k_rows * dk_rows
+            dq_rows += own * k_rows
+            dk_rows += own * q_rows
+            whole = tl.sum(x, 0)
+            dg_rows = whole[None, :] - tl.cumsum(x, 0) + x + beyond[None, :]
+            beyond += whole
+            if HGRN2:
+                alpha = tl.exp2(gates)
+                dg_rows -= alpha * dk_rows
+                raw_q = tl.load(q + t[:, None] * q_token + h * q_head + channel[None, :], mask=mask, other=0.0)
+                gate = 1.0 / (1.0 + tl.exp(-raw_q.to(tl.float32)))
+                dq_rows *= gate * (1.0 + raw_q.to(tl.float32) * (1.0 - gate))
+                f = tl.load(k + t[:, None] * k_token + h * k_head + channel[None, :], mask=mask, other=0.0)
+                away = tl.exp(-tl.abs(f.to(tl.float32)))
+                negative = tl.where(f > 0, away, 1.0) / (1.0 + away)  # sigmoid(-f)
+                # without a bound alpha = sigmoid(f) and the ratio is 1; sigmoid(f)/alpha never divides small by small
+                positive = tl.where(low > 0, (1.0 - negative) / tl.maximum(alpha, 1e-38), 1.0)
+                tl.store(dk + at, (dg_rows * (1.0 - low) * negative * positive).to(dk.dtype.element_ty), mask=mask)
+                per_bound = dg_rows * negative / tl.maximum(alpha, 1e-30)
+                bound_sum += tl.sum(tl.where(mask, per_bound, 0.0), 0)
+            else:
+                tl.store(dk + at, dk_rows.to(dk.dtype.element_ty), mask=mask)
+                tl.store(dg + at, dg_rows.to(dg.dtype.element_ty), mask=mask)
+            tl.store(dq + at, dq_rows.to(dq.dtype.element_ty), mask=mask)
+        if HGRN2:
+            tl.store(dbound + (piece * H + h) * K + channel, bound_sum, mask=inside)
+
+
+def default_pairs(K: int, V: int, dtype: torch.dtype) -> Launch:
+    """Chunk, channels at a time, warps, stages of :func:`prepare`; every kernel of this file shares its chunk."""
+    width = min(power_of_two(K), 128)
+    return Launch(32, width, 4, 1) if dtype.itemsize == 2 else Launch(16, min(width, 64), 4, 1)
+
+
+def _recurrence_launch(DA: int, DC: int, dtype: torch.dtype) -> Launch:
+    wide = power_of_two(DA)
+    if dtype.itemsize == 2:
+        shape = Launch(0, 64, 4, 3) if wide <= 128 else Launch(0, 32, 4, 2) if wide == 256 else Launch(0, 32, 8, 2)
+    else:
+        shape = Launch(0, 32, 4, 1) if wide <= 256 else Launch(0, 16, 4, 1)
+    return shape._replace(block=min(shape.block, power_of_two(DC)))
+
+
+def chunk_length(K: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The chunk of all kernels of this file for one shape class."""
+    return launch_shape("decay_pairs", K, V, dtype, device, default_pairs(K, V, dtype)).chunk
+
+
+def _sums(dtype: torch.dtype) -> Any:
+    return tl.float16 if dtype.itemsize == 2 else tl.float32
+
+
+def _gate_arguments(gates: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if gates is None else (gates.stride(1), gates.stride(2))
+
+
+def prepare(
+    q: Tensor, k: Tensor, gates: Tensor | None, bound: Tensor | None, spans: Tensor, scale: float, V: int, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(A ``[B,S,H,C]``, reading rows and writing rows ``[B,S,H,K]``, chunk decays ``[pieces,H,K]`` float32).
+
+    ``gates [B,S,H,K]``, or None with ``bound [H,K]`` float32 for HGRN2, where k holds f.
+    """
+    B, S, H, K = q.shape
+    shape = launch_shape("decay_pairs", K, V, q.dtype, q.device, default_pairs(K, V, q.dtype))
+    C = shape.chunk
+    pairs = torch.empty(B, S, H, C, dtype=q.dtype, device=q.device)
+    read, write = (torch.empty(B, S, H, K, dtype=q.dtype, device=q.device) for _ in range(2))
+    totals = torch.empty(spans.shape[0], H, K, dtype=torch.float32, device=q.device)
+    arguments: Any = (q, k, gates, bound, pairs, read, write, totals, spans, scale, H, K)
+    _prepare_kernel[(spans.shape[0], H)](
+        *arguments, *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates),
+        HGRN2=bound is not None, REVERSE=reverse, C=C, LEVELS=C.bit_length() - 1,
+        BK=min(shape.block, power_of_two(K)), SUMS=_sums(q.dtype), PRECISION="ieee",
+        num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return pairs, read, write, totals
+
+
+def recurrence(
+    pairs: Tensor | None, a: Tensor, b: Tensor, c: Tensor, totals: Tensor, offsets: Tensor, pieces: Tensor,
+    *,
+    chunk: int,
+    reverse: bool,
+    on_rows: bool,
+    transpose_pairs: bool = False,
+    state: Tensor | None = None,
+    transposed: bool = False,
+    last: Tensor | None = None,
+    store: Tensor | None = None,
+    compare: Tensor | None = None,
+    bases: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One pass along the sequences: (y ``[B,S,H,DC]``, carry ``[windows,H,DC]`` float32 or None).
+
+    ``a, b [B,S,H,DA]``, ``c [B,S,H,DC]``, ``pairs [B,S,H,C]`` or None, ``totals [pieces,H,·]`` belongs to the rows of the
+    state (``on_rows``) or to its columns. States and windows as in ``triton_scalar.scalar_pass``.
+    """
+    B, S, H, DA = a.shape
+    DC = c.shape[-1]
+    shape = launch_shape("decay_values", DA, DC, a.dtype, a.device, _recurrence_launch(DA, DC, a.dtype))
+    out = torch.empty(B, S, H, DC, dtype=c.dtype, device=c.device)
+    windows = store if store is not None else compare
+    carry = None
+    if compare is not None:
+        carry = torch.empty(compare.shape[0], H, DC, dtype=torch.float32, device=c.device)
+    arguments: Any = (pairs, a, b, c, totals, out, state, last, windows, carry, offsets, pieces, bases, H, DA, DC)
+    _recurrence_kernel[(triton.cdiv(DC, shape.block), (offsets.numel() - 1) * H)](
+        *arguments, *a.stride()[1:3], *b.stride()[1:3], *c.stride()[1:3], *((1, DA) if transposed else (DC, 1)),
+        PAIRS=0 if pairs is None else 2 if transpose_pairs else 1, REVERSE=reverse, ROWS=on_rows,
+        HAS_IN=state is not None, HAS_OUT=last is not None,
+        WINDOWS=1 if store is not None else 2 if compare is not None else 0,
+        C=chunk, BA=power_of_two(DA), BC=shape.block, CHUNKS_A_WINDOW=WINDOW // chunk, PRECISION="ieee",
+        num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out, carry
+
+
+def gradients(
+    q: Tensor, k: Tensor, gates: Tensor | None, bound: Tensor | None, v: Tensor, do: Tensor,
+    dq_state: Tensor, dk_state: Tensor, carry: Tensor, edge: Tensor | None, windows: Tensor,
+    scale: float, reverse: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dg float32 ``[B,S,H,K]``, dbound ``[H,K]``); for HGRN2 dk is df and dg is empty."""
+    B, S, H, K = q.shape
+    V = v.shape[-1]
+    default = Launch(0, 64 if q.dtype.itemsize == 2 else 32, 4, 1)
+    shape = launch_shape("decay_gradients", K, V, q.dtype, q.device, default)
+    dq = torch.empty(B, S, H, K, dtype=q.dtype, device=q.device)
+    dk = torch.empty(B, S, H, K, dtype=k.dtype, device=q.device)
+    dg = torch.empty((0,) if gates is None else (B, S, H, K), dtype=torch.float32, device=q.device)
+    dbound = torch.zeros(
+        (windows.shape[0], H, K) if bound is not None else (0, H, K), dtype=torch.float32, device=q.device
+    )
+    BK = min(shape.block, power_of_two(K))
+    arguments: Any = (
+        q, k, gates, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, windows, scale, H, K, V,
+        *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates), *v.stride()[1:3], *do.stride()[1:3],
+    )  # fmt: skip
+    _gradients_kernel[(triton.cdiv(K, BK), windows.shape[0], H)](
+        *arguments, HGRN2=bound is not None, REVERSE=reverse, HAS_EDGE=edge is not None,
+        C=chunk, LEVELS=chunk.bit_length() - 1, BK=BK, BV=min(power_of_two(V), 128 if q.dtype.itemsize == 2 else 64),
+        WINDOW=WINDOW, SUMS=_sums(q.dtype), PRECISION="ieee",
+        num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return dq, dk, dg, dbound.sum(0)
