@@ -7,6 +7,7 @@ GATES = ("own", "next")
 COMBINATIONS = (None, "average", "gate")
 INSIDES = ("softmax", "bilinear", "decayed", "additive")
 WRITES = ("recurrent", "order_free")
+BLOCK_OPERATORS = ("decay_attention", "delta_rule")  # those that define BlockCausal
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,38 @@ class Bidirectional:
 
 @dataclass(frozen=True, slots=True)
 class BlockCausal:
-    """Bidirectional inside a block of ``length`` tokens, causal across blocks. No operator defines it yet: they raise.
+    r"""Bidirectional inside a block of ``length`` tokens, causal across blocks: for block diffusion.
 
-    ``inside`` says how tokens of one block see each other, ``write`` how a finished block enters the state.
+    Blocks are counted from the start of each sequence and the last one may be shorter. S_c is the state before block c
+    (``initial_state`` for c = 0), s the scale, q, k, v, g, beta as in the operator. ``output_state`` is the state after
+    the last block, complete or not. A shorter block is a block: carrying the state on in the middle of one starts
+    another there.
+
+    ``inside`` says what token i of block c reads:
+
+    * ``"softmax"``: :math:`o_i = s\, q_i S_c` + softmax attention to all tokens of the block, with scale
+      :math:`K^{-1/2}` and without g and beta. The read of the past is not decayed inside the block. Not with several
+      reflections a token: its keys would be more than one.
+    * ``"bilinear"``: :math:`o_i = s\, q_i S_c` + what ``Bidirectional()`` gives on the block alone: the operator
+      forward and on the time-reversed block, both from a zero state, the diagonal counted once. For the delta rule the
+      two are averaged, or weighed by ``direction_gate``.
+    * ``"decayed"``: the causal operator itself (it starts from S_c, so the past fades and is erased inside the block)
+      joined with the reverse scan of the block, from zero at the block's end, in the same way.
+    * ``"additive"``: every token reads the state after its block, :math:`o_i = s\, q_i S_{c+1}`.
+
+    ``write`` says how a finished block enters the state:
+
+    * ``"recurrent"``: token by token, as the causal operator does.
+    * ``"order_free"``: no token of a block comes before another. With K, V the block's keys and values as rows and
+      :math:`\bar S = \Gamma S_c`, where :math:`\Gamma = \exp(\sum g)` over the block: decay attention
+      :math:`S_{c+1} = \bar S + K^\top V`; delta rule, with b the diagonal of the block's betas (at least zero),
+      :math:`S_{c+1} = \bar S + K^\top (I + b K K^\top)^{-1} b\, (V - K \bar S)`, the minimiser of
+      :math:`\tfrac12 \|S - \bar S\|^2 + \tfrac12 \sum_j \beta_j \|k_j S - v_j\|^2`. For one token that is the
+      causal rule with :math:`\beta / (1 + \beta \|k\|^2)` for beta. With ``"decayed"`` it is not defined: that form
+      scans token by token.
+
+    Sources: arXiv:2501.16085 (softmax inside a block, linear state across blocks), arXiv:2503.09573 (block diffusion);
+    the order-free delta write is derived here. The defaults are those of our block diffusion.
     """
 
     length: int
@@ -58,6 +88,11 @@ class BlockCausal:
             raise ValueError(f"BlockCausal: inside is {self.inside!r}, expected one of {INSIDES}")
         if self.write not in WRITES:
             raise ValueError(f"BlockCausal: write is {self.write!r}, expected one of {WRITES}")
+        if self.inside == "decayed" and self.write == "order_free":
+            raise ValueError(
+                "BlockCausal: inside='decayed' with write='order_free' is not defined, because the first scans a block "
+                "token by token and the second gives its tokens no order; change one of them"
+            )
 
 
 Visibility = Causal | Bidirectional | BlockCausal
@@ -68,9 +103,11 @@ def check_visibility(operator: str, visibility: Visibility, *, with_state: bool)
     if isinstance(visibility, Causal):
         return
     if isinstance(visibility, BlockCausal):
-        raise ValueError(
-            f"{operator}: BlockCausal is not defined for this operator yet; use Causal() or Bidirectional()"
-        )
+        if operator not in BLOCK_OPERATORS:
+            raise ValueError(
+                f"{operator}: BlockCausal is not defined for this operator; {' and '.join(BLOCK_OPERATORS)} define it"
+            )
+        return
     if not isinstance(visibility, Bidirectional):
         raise TypeError(
             f"{operator}: visibility is {visibility!r}, expected an instance of Causal, Bidirectional or BlockCausal "

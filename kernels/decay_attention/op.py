@@ -1,14 +1,15 @@
-"""The public decay attention: checks, dispatch, packing, both directions."""
+"""The public decay attention: checks, dispatch, packing, both directions, blocks."""
 
 import torch
 from torch import Tensor
 
 from latentcot.kernels import checks
+from latentcot.kernels.blocks import CausalOperator, Stream, block_streams
 from latentcot.kernels.decay_attention import chunked, reference
 from latentcot.kernels.decay_attention.step import decay_attention_step
 from latentcot.kernels.dispatch import Backend, choose_backend, full_precision
 from latentcot.kernels.packing import Packing, shifted_gate, split_directions, with_reversed
-from latentcot.kernels.visibility import Bidirectional, Causal, Visibility, check_visibility
+from latentcot.kernels.visibility import Bidirectional, BlockCausal, Causal, Visibility, check_visibility
 
 NAME = "decay_attention"
 
@@ -41,7 +42,7 @@ def decay_attention(
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
         visibility: ``Causal()``; ``Bidirectional()``: this operator forward and on time-reversed inputs, gates
             included, the diagonal counted once; ``Bidirectional(gate="next")``: weights ``exp(-|G_i - G_j|)``, the same
-            in both directions.
+            in both directions; ``BlockCausal(length, ...)``: see there.
         backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
 
     Returns:
@@ -53,19 +54,7 @@ def decay_attention(
             what was expected; a state together with ``Bidirectional``.
     """
     checks.check_tensors(NAME, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
-    checks.check_dims(NAME, "q", q, "[B,S,H,K]")
-    B, S, H, K = q.shape
-    checks.check_shape(NAME, "k", k, "[B,S,H,K]", (B, S, H, K))
-    checks.check_dims(NAME, "v", v, "[B,S,H,V]")
-    V = v.shape[-1]
-    checks.check_shape(NAME, "v", v, "[B,S,H,V]", (B, S, H, V))
-    if log_decay is not None:
-        if tuple(log_decay.shape) not in ((H,), (B, S, H), (B, S, H, K)):
-            raise ValueError(
-                f"{NAME}: log_decay has shape {tuple(log_decay.shape)}, expected None, [H] = {(H,)}, "
-                f"[B,S,H] = {(B, S, H)} or [B,S,H,K] = {(B, S, H, K)}"
-            )
-        checks.check_decay(NAME, log_decay)
+    B, S, H, K, V = check_tokens(NAME, q, k, v, log_decay)
     check_visibility(NAME, visibility, with_state=initial_state is not None or output_state)
     if isinstance(visibility, Bidirectional) and visibility.combine is not None:
         raise ValueError(
@@ -98,11 +87,51 @@ def decay_attention(
     with full_precision(q.device):
         if isinstance(visibility, Bidirectional):
             o, state = _both_directions(q, k, v, log_decay, factor, visibility, chosen), None
+        elif isinstance(visibility, BlockCausal):
+            o, _, state = block_streams(
+                causal_operator(chosen),
+                Stream(q, k, v, log_decay),
+                None,
+                visibility,
+                factor,
+                initial_state=initial_state,
+                output_state=output_state,
+                lengths=None if packing is None else packing.lengths,
+            )
         else:
             o, state = _causal(q, k, v, log_decay, factor, initial_state, output_state, chosen)
     if packing is not None:
         o = packing.pack(o)
     return o.to(out_dtype), state
+
+
+def check_tokens(
+    name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """(B, S, H, K, V); raises in the name of ``name`` when a shape does not fit or a log-decay is above zero."""
+    checks.check_dims(name, "q", q, "[B,S,H,K]")
+    B, S, H, K = q.shape
+    checks.check_shape(name, "k", k, "[B,S,H,K]", (B, S, H, K))
+    checks.check_dims(name, "v", v, "[B,S,H,V]")
+    V = v.shape[-1]
+    checks.check_shape(name, "v", v, "[B,S,H,V]", (B, S, H, V))
+    if log_decay is not None:
+        if tuple(log_decay.shape) not in ((H,), (B, S, H), (B, S, H, K)):
+            raise ValueError(
+                f"{name}: log_decay has shape {tuple(log_decay.shape)}, expected None, [H] = {(H,)}, "
+                f"[B,S,H] = {(B, S, H)} or [B,S,H,K] = {(B, S, H, K)}"
+            )
+        checks.check_decay(name, log_decay)
+    return B, S, H, K, V
+
+
+def causal_operator(chosen: str) -> CausalOperator:
+    """The causal operator on the back end ``chosen``, as the block forms call it."""
+
+    def run(x: Stream, scale: float, initial_state: Tensor | None, output_state: bool) -> tuple[Tensor, Tensor | None]:
+        return _causal(x.q, x.k, x.v, x.log_decay, scale, initial_state, output_state, chosen)
+
+    return run
 
 
 def _causal(

@@ -1,14 +1,15 @@
-"""The public delta rule: checks, dispatch, packing, reflections, grouped values, both directions."""
+"""The public delta rule: checks, dispatch, packing, reflections, grouped values, both directions, blocks."""
 
 import torch
 from torch import Tensor
 
 from latentcot.kernels import checks
+from latentcot.kernels.blocks import CausalOperator, Stream, block_streams
 from latentcot.kernels.delta_rule import chunked, reference
 from latentcot.kernels.delta_rule.step import delta_rule_step
 from latentcot.kernels.dispatch import Backend, choose_backend, full_precision
 from latentcot.kernels.packing import Packing, split_directions, with_reversed
-from latentcot.kernels.visibility import Bidirectional, Causal, Visibility, check_visibility
+from latentcot.kernels.visibility import Bidirectional, BlockCausal, Causal, Visibility, check_visibility
 
 NAME = "delta_rule"
 
@@ -51,9 +52,11 @@ def delta_rule(
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
         visibility: ``Causal()``; ``Bidirectional()``: (forward + backward)/2, backward being the operator on
             time-reversed inputs, gates included (reflections keep their order inside a token);
-            ``Bidirectional(combine="gate")``: ``direction_gate * forward + (1 - direction_gate) * backward``.
+            ``Bidirectional(combine="gate")``: ``direction_gate * forward + (1 - direction_gate) * backward``;
+            ``BlockCausal(length, ...)``: see there.
         backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
-        direction_gate: ``[H_v]`` in [0, 1], with ``combine="gate"`` only.
+        direction_gate: ``[H_v]`` in [0, 1], with ``combine="gate"``, and instead of the average with
+            ``BlockCausal(inside="bilinear")`` and ``BlockCausal(inside="decayed")``.
 
     Returns:
         ``(o [B,S,H_v,V], state [N,H_v,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64
@@ -67,16 +70,9 @@ def delta_rule(
     checks.check_tensors(
         NAME, q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state, direction_gate=direction_gate
     )
-    B, S, K, R, Hv, V = _check_shapes(q, k, v, beta)
-    if log_decay is not None:
-        if tuple(log_decay.shape) not in ((B, S, Hv), (B, S, Hv, K)):
-            raise ValueError(
-                f"{NAME}: log_decay has shape {tuple(log_decay.shape)}, expected None, [B,S,H_v] = {(B, S, Hv)} "
-                f"or [B,S,H_v,K] = {(B, S, Hv, K)}"
-            )
-        checks.check_decay(NAME, log_decay)
+    B, S, K, R, Hv, V = check_tokens(NAME, q, k, v, beta, log_decay)
     check_visibility(NAME, visibility, with_state=initial_state is not None or output_state)
-    _check_directions(visibility, direction_gate, Hv)
+    check_directions(NAME, visibility, direction_gate, Hv, R)
     offsets = None if cu_seqlens is None else checks.check_offsets(NAME, cu_seqlens, B, S)
     N = B if offsets is None else len(offsets) - 1
     if initial_state is not None:
@@ -107,6 +103,18 @@ def delta_rule(
             else:
                 o = torch.lerp(backward, forward, direction_gate.to(dtype).unsqueeze(-1))
             state = None
+        elif isinstance(visibility, BlockCausal):
+            o, _, state = block_streams(
+                causal_operator(chosen),
+                Stream(q, k, v, log_decay, beta),
+                None,
+                visibility,
+                factor,
+                initial_state=initial_state,
+                output_state=output_state,
+                lengths=None if packing is None else packing.lengths,
+                direction_gate=direction_gate,
+            )
         else:
             o, state = _causal(q, k, v, beta, log_decay, factor, initial_state, output_state, chosen, R)
     if packing is not None:
@@ -114,43 +122,74 @@ def delta_rule(
     return o.to(out_dtype), state
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[int, int, int, int, int, int]:
-    """(B, S, K, R, H_v, V); raises when a shape does not fit. R is 0 when there is no axis for it."""
-    checks.check_dims(NAME, "q", q, "[B,S,H,K]")
+def check_tokens(
+    name: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> tuple[int, int, int, int, int, int]:
+    """(B, S, K, R, H_v, V); raises in the name of ``name`` when a shape does not fit or a log-decay is above zero.
+
+    R is 0 when there is no axis for it.
+    """
+    checks.check_dims(name, "q", q, "[B,S,H,K]")
     B, S, H, K = q.shape
     if k.dim() == 5:
         R = k.shape[2]
         if R < 1:
-            raise ValueError(f"{NAME}: k has shape {tuple(k.shape)}, expected [B,S,R,H,K] with R >= 1 reflections")
+            raise ValueError(f"{name}: k has shape {tuple(k.shape)}, expected [B,S,R,H,K] with R >= 1 reflections")
         middle, letters = (R,), "R,"
     elif k.dim() == 4:
         R, middle, letters = 0, (), ""
     else:
-        raise ValueError(f"{NAME}: k has shape {tuple(k.shape)}, expected [B,S,H,K] or [B,S,R,H,K]")
-    checks.check_shape(NAME, "k", k, f"[B,S,{letters}H,K]", (B, S, *middle, H, K))
-    checks.check_dims(NAME, "v", v, f"[B,S,{letters}H_v,V]")
+        raise ValueError(f"{name}: k has shape {tuple(k.shape)}, expected [B,S,H,K] or [B,S,R,H,K]")
+    checks.check_shape(name, "k", k, f"[B,S,{letters}H,K]", (B, S, *middle, H, K))
+    checks.check_dims(name, "v", v, f"[B,S,{letters}H_v,V]")
     Hv, V = v.shape[-2:]
     if Hv % H if H else Hv:
         raise ValueError(
-            f"{NAME}: v has {Hv} heads and q, k have {H}; expected a multiple, each q/k head serving Hv/H of them"
+            f"{name}: v has {Hv} heads and q, k have {H}; expected a multiple, each q/k head serving Hv/H of them"
         )
-    checks.check_shape(NAME, "v", v, f"[B,S,{letters}H_v,V]", (B, S, *middle, Hv, V))
-    checks.check_shape(NAME, "beta", beta, f"[B,S,{letters}H_v]", (B, S, *middle, Hv))
+    checks.check_shape(name, "v", v, f"[B,S,{letters}H_v,V]", (B, S, *middle, Hv, V))
+    checks.check_shape(name, "beta", beta, f"[B,S,{letters}H_v]", (B, S, *middle, Hv))
+    if log_decay is not None:
+        if tuple(log_decay.shape) not in ((B, S, Hv), (B, S, Hv, K)):
+            raise ValueError(
+                f"{name}: log_decay has shape {tuple(log_decay.shape)}, expected None, [B,S,H_v] = {(B, S, Hv)} "
+                f"or [B,S,H_v,K] = {(B, S, Hv, K)}"
+            )
+        checks.check_decay(name, log_decay)
     return B, S, K, R, Hv, V
 
 
-def _check_directions(visibility: Visibility, direction_gate: Tensor | None, Hv: int) -> None:
-    gated = isinstance(visibility, Bidirectional) and visibility.combine == "gate"
+def check_directions(name: str, visibility: Visibility, direction_gate: Tensor | None, Hv: int, R: int) -> None:
+    """Raise, in the name of ``name``, where ``visibility`` does not go with the direction gate or the reflections."""
+    needed = isinstance(visibility, Bidirectional) and visibility.combine == "gate"
+    taken = needed or (isinstance(visibility, BlockCausal) and visibility.inside in ("bilinear", "decayed"))
     if isinstance(visibility, Bidirectional) and visibility.gate != "own":
-        raise ValueError(f"{NAME}: Bidirectional(gate='next') is not defined for the delta rule; use gate='own'")
-    if gated and direction_gate is None:
-        raise ValueError(f"{NAME}: Bidirectional(combine='gate') needs direction_gate of shape [H_v] = {(Hv,)}")
+        raise ValueError(f"{name}: Bidirectional(gate='next') is not defined for the delta rule; use gate='own'")
+    if isinstance(visibility, BlockCausal) and visibility.inside == "softmax" and R > 0:
+        raise ValueError(
+            f"{name}: inside='softmax' is not defined for several reflections a token (k has an axis R = {R}), because "
+            f"a token then has several keys; use k [B,S,H,K] or another value of inside"
+        )
+    if needed and direction_gate is None:
+        raise ValueError(f"{name}: Bidirectional(combine='gate') needs direction_gate of shape [H_v] = {(Hv,)}")
     if direction_gate is not None:
-        if not gated:
+        if not taken:
             raise ValueError(
-                f"{NAME}: direction_gate is used with Bidirectional(combine='gate') only; got {visibility}"
+                f"{name}: direction_gate is used with Bidirectional(combine='gate') and with BlockCausal of "
+                f"inside='bilinear' or 'decayed' only; got {visibility}"
             )
-        checks.check_shape(NAME, "direction_gate", direction_gate, "[H_v]", (Hv,))
+        checks.check_shape(name, "direction_gate", direction_gate, "[H_v]", (Hv,))
+
+
+def causal_operator(chosen: str) -> CausalOperator:
+    """The causal operator on the back end ``chosen``, as the block forms call it."""
+
+    def run(x: Stream, scale: float, initial_state: Tensor | None, output_state: bool) -> tuple[Tensor, Tensor | None]:
+        assert x.beta is not None
+        R = x.k.shape[2] if x.k.dim() == 5 else 0
+        return _causal(x.q, x.k, x.v, x.beta, x.log_decay, scale, initial_state, output_state, chosen, R)
+
+    return run
 
 
 def _causal(

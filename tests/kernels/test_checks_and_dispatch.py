@@ -205,10 +205,19 @@ def test_explanations_refuse_what_the_call_would():
         explain_backend("softmax", device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="backend is 'fast'"):
         explain_backend("delta_rule", device="cpu", dtype=torch.float32, backend="fast")
-    with pytest.raises(ValueError, match="BlockCausal is not defined"):
-        explain_backend("delta_rule", device="cpu", dtype=torch.float32, visibility=BlockCausal(4))
+    with pytest.raises(ValueError, match="gated_scan: BlockCausal is not defined"):
+        explain_backend("gated_scan", device="cpu", dtype=torch.float32, visibility=BlockCausal(4))
     with pytest.raises(ValueError, match="gated_scan: Bidirectional is not defined"):
         explain_backend("gated_scan", device="cpu", dtype=torch.float32, visibility=Bidirectional())
+
+
+def test_block_forms_run_on_every_back_end_of_their_operators():
+    for operator in (decay_attention, delta_rule):
+        for backend in ("chunked", "reference"):
+            choice = explain_backend(
+                operator, device="cpu", dtype=torch.float32, backend=backend, visibility=BlockCausal(4)
+            )
+            assert choice.chosen == backend
 
 
 def test_the_public_face():
