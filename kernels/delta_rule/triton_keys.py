@@ -1,0 +1,265 @@
+r"""The two walks along a sequence that hold a block of key channels: gradients of queries, keys, strengths and decays.
+
+From left to right the state is rebuilt, transposed, from the writes :math:`\tilde U`; X is the gradient of the writes'
+right-hand sides (``triton_states.py``):
+
+.. math::
+    dq_i = s \Bigl(e^{G_i} dO_i S^\top + \sum_{j \le i} (dO_i \cdot \tilde U_j) e^{G_i - G_j} k_j\Bigr), \quad
+    z_i = e^{G_i} X_i S^\top + \sum_{j < i} (X_i \cdot \tilde U_j) e^{G_i - G_j} k_j .
+
+:math:`z_i` is what the key of token i met when it erased: its part of dk is :math:`-\beta_i z_i`. From right to left,
+with R the gradient of the state that the chunk ends with, what the key of token j left behind for others:
+
+.. math::
+    e^{G_C - G_j} \tilde U_j R^\top + s \sum_{i \ge j} (\tilde U_j \cdot dO_i) e^{G_i - G_j} q_i
+    - \sum_{i > j} (\tilde U_j \cdot \beta_i X_i) e^{G_i - G_j} k_i .
+
+A program owns one sequence, one value head and ``BLOCK`` key channels; its tiles of dO, the writes and X hold all value
+columns. Every decay multiplies a row of q or k, so the decays' gradient needs the products q·dq, k·z and k·(what it
+left) of the rows only: with :math:`x_t` = q·dq − β k·z − k·left, the gradient of :math:`g_t` is the sum of x from t to
+the end of the window plus the product of the state with its gradient there. A sum over the whole sequence would gather
+its rounding instead.
+"""
+
+# Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from latentcot.kernels.delta_rule.triton_tiles import (
+    load_tile,
+    pair_decays,
+    pair_decays_transposed,
+    power,
+    running_sums,
+    store_tile,
+)
+
+SMALL = tl.constexpr(2.0**-6)
+
+
+@triton.jit
+def left_kernel(
+    q, k, sums, strengths, initial, writes, targets, d_o, d_q, d_k, read_products, erase_products, offsets, scale,
+    T,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    o_token: tl.constexpr,
+    o_head: tl.constexpr,
+    C: tl.constexpr,
+    SUM_CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq ``[T,HEADS,K]``, the part -beta z of dk, and per block q·dq and k·z ``[blocks,HEADS,T]``."""
+    blocks = tl.cdiv(K, BLOCK)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % HEADS
+    n = tl.program_id(0) // blocks // HEADS
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.load(offsets + n)
+    end = tl.load(offsets + n + 1)
+    column = tl.arange(0, WIDTH)
+    row = tl.arange(0, C)
+
+    q += (head // GROUP).to(tl.int64) * q_head
+    k += (head // GROUP).to(tl.int64) * k_head
+    d_o += head.to(tl.int64) * o_head
+    writes += head.to(tl.int64) * V
+    targets += head.to(tl.int64) * V
+    d_q += head.to(tl.int64) * K
+    d_k += head.to(tl.int64) * K
+    strengths += head.to(tl.int64) * T
+    sums += head.to(tl.int64) * T
+    read_products += (block.to(tl.int64) * HEADS + head) * T
+    erase_products += (block.to(tl.int64) * HEADS + head) * T
+    if HAS_STATE:
+        initial += (n.to(tl.int64) * HEADS + head) * K * V
+        state = load_tile(initial, column, key * V, column < V, key < K)
+    else:
+        state = tl.zeros([WIDTH, BLOCK], dtype=tl.float32)
+
+    for c in range(tl.cdiv(end - begin, C).to(tl.int32)):
+        first = begin + c * C
+        inside = row < (end - first).to(tl.int32)
+        at = first + tl.arange(0, C)
+        u = load_tile(writes + first * HEADS * V, row * HEADS * V, column, inside, column < V)
+        d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
+        x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
+        k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
+        q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
+        b = tl.load(strengths + at, mask=inside, other=0.0)
+        # The weights are rounded exactly as the other walk rounds them: the pairs of tokens on one side of a gate then
+        # cancel in its gradient. Only a strength near zero stays outside, since z is wanted where it is zero, too.
+        factor = tl.where(tl.abs(b) < SMALL, 1.0, b)
+        q_scale = scale + 0.0 * b
+        z_scale = factor
+        if GATED:
+            G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
+            q_scale *= power(G)
+            z_scale *= power(G)
+            decays = pair_decays(G, C, True)
+        else:
+            decays = pair_decays(b, C, False)
+        below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+        held = state.to(u.dtype)
+
+        weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
+        weights = (weights * (scale * decays)).to(u.dtype)
+        dq = tl.dot(d_o_tile, held, input_precision=PRECISION) * q_scale[:, None]
+        dq = tl.dot(weights, k_tile, dq, input_precision=PRECISION)
+        store_tile(d_q + first * HEADS * K, dq, row * HEADS * K, key, inside, key < K)
+        tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
+
+        weights = tl.dot(x, tl.trans(u), input_precision=PRECISION)
+        weights = (weights * tl.where(below, factor[:, None] * decays, 0.0)).to(u.dtype)
+        z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
+        z = tl.dot(weights, k_tile, z, input_precision=PRECISION)
+        k_wide = k_tile.to(tl.float32)
+        store_tile(d_k + first * HEADS * K, (-b / factor)[:, None] * z, row * HEADS * K, key, inside, key < K)
+        tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
+        if GATED:
+            state *= power(total)
+            k_tile = (k_wide * power(total - G)[:, None]).to(u.dtype)
+        state = tl.dot(tl.trans(u), k_tile, state, input_precision=PRECISION)
+
+
+@triton.jit
+def right_kernel(
+    q, k, sums, strengths, d_last, writes, targets, d_o, d_k, left_products, offsets, scale,
+    T,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    o_token: tl.constexpr,
+    o_head: tl.constexpr,
+    C: tl.constexpr,
+    SUM_CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk what the keys left for later tokens; its product with k, per block, goes to ``left_products``."""
+    blocks = tl.cdiv(K, BLOCK)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % HEADS
+    n = tl.program_id(0) // blocks // HEADS
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.load(offsets + n)
+    end = tl.load(offsets + n + 1)
+    column = tl.arange(0, WIDTH)
+    row = tl.arange(0, C)
+
+    q += (head // GROUP).to(tl.int64) * q_head
+    k += (head // GROUP).to(tl.int64) * k_head
+    d_o += head.to(tl.int64) * o_head
+    writes += head.to(tl.int64) * V
+    targets += head.to(tl.int64) * V
+    d_k += head.to(tl.int64) * K
+    strengths += head.to(tl.int64) * T
+    sums += head.to(tl.int64) * T
+    left_products += (block.to(tl.int64) * HEADS + head) * T
+    if HAS_LAST:
+        d_last += (n.to(tl.int64) * HEADS + head) * K * V
+        d_state = load_tile(d_last, column, key * V, column < V, key < K)
+    else:
+        d_state = tl.zeros([WIDTH, BLOCK], dtype=tl.float32)
+
+    chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    for step in range(chunks):
+        first = begin + (chunks - 1 - step) * C
+        inside = row < (end - first).to(tl.int32)
+        at = first + tl.arange(0, C)
+        u = load_tile(writes + first * HEADS * V, row * HEADS * V, column, inside, column < V)
+        d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
+        x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
+        k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
+        q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
+        erased = load_tile(d_k + first * HEADS * K, row * HEADS * K, key, inside, key < K).to(tl.float32)
+        b = tl.load(strengths + at, mask=inside, other=0.0)
+        q_scale = scale + 0.0 * b
+        k_scale = -b
+        if GATED:
+            G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
+            q_scale *= power(G)
+            k_scale *= power(G)
+            decays = pair_decays_transposed(G, C, True)
+        else:
+            decays = pair_decays_transposed(b, C, False)
+        above = tl.arange(0, C)[:, None] < tl.arange(0, C)[None, :]
+
+        left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION)
+        if GATED:
+            left *= power(total - G)[:, None]
+            d_state *= power(total)
+        weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION)
+        weights = (weights * (scale * decays)).to(u.dtype)
+        left = tl.dot(weights, q_tile, left, input_precision=PRECISION)
+        weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
+        weights = (weights * tl.where(above, -b[None, :] * decays, 0.0)).to(u.dtype)
+        left = tl.dot(weights, k_tile, left, input_precision=PRECISION)
+        k_wide = k_tile.to(tl.float32)
+        store_tile(d_k + first * HEADS * K, erased + left, row * HEADS * K, key, inside, key < K)
+        tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
+        q_tile = (q_tile.to(tl.float32) * q_scale[:, None]).to(u.dtype)
+        k_tile = (k_wide * k_scale[:, None]).to(u.dtype)
+        d_state = tl.dot(tl.trans(d_o_tile), q_tile, d_state, input_precision=PRECISION)
+        d_state = tl.dot(tl.trans(x), k_tile, d_state, input_precision=PRECISION)
+
+
+@triton.jit
+def finish_kernel(
+    strengths, reads, ends, read_products, erase_products, left_products, d_beta, d_decay, offsets, windows, owners,
+    T, N, WINDOWS,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    VALUE_BLOCKS: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """Sums of the blocks' products over one window of one head: gradients of beta and log_decay, ``[T,HEADS]``."""
+    window = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    n = tl.load(owners + window)
+    if n >= N:
+        return
+    end = tl.load(offsets + n + 1)
+    t = tl.load(offsets + n) + (window - tl.load(windows + n)) * TOKENS + tl.arange(0, TOKENS)
+    inside = t < end
+    at = head.to(tl.int64) * T + t
+    plane = tl.full([], 1, dtype=tl.int64) * HEADS * T
+    read = tl.zeros([TOKENS], dtype=tl.float32)
+    for part in range(VALUE_BLOCKS):
+        read += tl.load(reads + part * plane + at, mask=inside, other=0.0)
+    erased = tl.zeros([TOKENS], dtype=tl.float32)
+    x = tl.zeros([TOKENS], dtype=tl.float32)
+    for part in range(KEY_BLOCKS):
+        erased += tl.load(erase_products + part * plane + at, mask=inside, other=0.0)
+        if GATED:
+            x += tl.load(read_products + part * plane + at, mask=inside, other=0.0)
+            x -= tl.load(left_products + part * plane + at, mask=inside, other=0.0)
+    tl.store(d_beta + t * HEADS + head, (read - erased).to(d_beta.dtype.element_ty), mask=inside)
+    if GATED:
+        x -= tl.load(strengths + at, mask=inside, other=0.0) * erased
+        after = tl.zeros([], dtype=tl.float32)
+        for part in range(VALUE_BLOCKS):
+            after += tl.load(ends + (part * tl.full([], 1, dtype=tl.int64) * HEADS + head) * WINDOWS + window)
+        d_g = tl.cumsum(x, axis=0, reverse=True) + after
+        tl.store(d_decay + t * HEADS + head, d_g.to(d_decay.dtype.element_ty), mask=inside)
