@@ -59,14 +59,14 @@ def gated_scan(
 
     if initial_state is not None:
         initial_state = initial_state.to(dtype)
-    if S == 0:
+    if x.numel() == 0:
         state = x.new_zeros(N, D, dtype=dtype) if initial_state is None else initial_state.clone()
         return x.clone(), state if output_state else None
     if chosen == "triton":
-        from latentcot.kernels.gated_scan.triton import gated_scan as run_triton
+        from latentcot.kernels.gated_scan.registered import scan_forward
 
-        o, state = run_triton(x, log_decay, initial_state, cu_seqlens)
-        return o.to(x.dtype), state if output_state else None
+        o, state = scan_forward(x, log_decay, initial_state, cu_seqlens)
+        return o, state if output_state else None
 
     packing = None if offsets is None else Packing(offsets, x.device)
     wide, log_decay = x.to(dtype), log_decay.to(dtype)

@@ -23,6 +23,8 @@ import triton.language as tl
 from latentcot.kernels import explain_backend, gated_scan
 from latentcot.kernels.gated_scan import reference
 from latentcot.kernels.gated_scan import triton as kernel_module
+from latentcot.kernels.gated_scan.fused import hgrn_scan
+from latentcot.kernels.launch import Launch, override
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -58,6 +60,97 @@ def compare(S, D, dtype, with_state):
     actual = run(by_kernel, *data, with_state)
     expected = run(lambda x, g, h0=None: reference.gated_scan(x, g, h0), *(t.double() for t in data), with_state)
     return {name: relative_rms(actual[name], expected[name]) for name in expected}
+
+
+def short_tiles():
+    """Tiles of two tokens, so that a few tokens are several tiles and enough of them to cut time into parts."""
+    shape = Launch(chunk=2, block=32, warps=1, stages=2)
+    return override(gated_scan_forward=shape, gated_scan_backward=shape)
+
+
+def in_parts(S, D, dtype, with_state):
+    with short_tiles():
+        parts = [
+            kernel_module.config(f"gated_scan_{way}", 2 * S, 2, D, DTYPES[dtype], torch.device("cpu"))[1]
+            for way in ("forward", "backward")
+        ]
+        return {**compare(S, D, dtype, with_state), "parts": min(parts)}
+
+
+def packed_in_parts():
+    with short_tiles():
+        return packed("fp32")
+
+
+def hgrn_by_definition(i, f, bound, h0):
+    """Step by step in float64, from the formula."""
+    h, outputs = h0, []
+    for t in range(i.shape[1]):
+        alpha = bound + (1 - bound) * torch.sigmoid(f[:, t])
+        h = alpha * h + torch.nn.functional.silu(i[:, t]) * (1 - bound) * torch.sigmoid(-f[:, t])
+        outputs.append(h)
+    return torch.stack(outputs, 1), h
+
+
+def hgrn(S, D, dtype, bounded, in_parts=False, spread=1.0):
+    i, f, h0, do, dstate = inputs(S, D, 2, DTYPES[dtype], seed=2)
+    f = (spread * (8 * f + 4)).to(f.dtype)  # uniform in -4 … 4
+    bound = torch.rand(D, generator=torch.Generator().manual_seed(3)) if bounded else torch.zeros(D)
+
+    def results(function, *tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        o, state = function(*leaves)
+        used = leaves if bounded else [leaves[0], leaves[1], leaves[3]]
+        gradients = torch.autograd.grad([o, state], used, [do.to(o.dtype), dstate.to(state.dtype)])
+        names = ["di", "df", "dbound", "dh0"] if bounded else ["di", "df", "dh0"]
+        return {"o": o, "state": state, **dict(zip(names, gradients, strict=True))}
+
+    def by_kernel(i, f, bound, h0):
+        return hgrn_scan(
+            i, f, bound if bounded else None, initial_state=h0, output_state=True, backend="triton"
+        )  # fmt: skip
+
+    if in_parts:
+        with short_tiles():
+            actual = results(by_kernel, i, f, bound, h0)
+    else:
+        actual = results(by_kernel, i, f, bound, h0)
+    expected = results(hgrn_by_definition, *(t.double() for t in (i, f, bound, h0)))
+    return {name: relative_rms(actual[name], expected[name]) for name in expected}
+
+
+def compiled():
+    """torch.compile(fullgraph=True) gives what eager gives, forward and backward."""
+    x, g, h0, _, _ = inputs(9, 20, 2, torch.float32)
+    bound = torch.rand(20)
+
+    def plain(x, g, h0, bound):
+        o, state = gated_scan(x, g, initial_state=h0, output_state=True, backend="triton")
+        return (o * bound).sum() + state.square().sum()
+
+    def fused(x, g, h0, bound):
+        o, state = hgrn_scan(x, g, bound, initial_state=h0, output_state=True, backend="triton")
+        return o.sum() + state.square().sum()
+
+    same = []
+    for function in (plain, fused):
+        leaves = [t.clone().requires_grad_() for t in (x, g, h0, bound)]
+        eager = torch.autograd.grad(function(*leaves), leaves)
+        graph = torch.compile(function, fullgraph=True, backend="aot_eager")
+        same.append(all(map(torch.equal, eager, torch.autograd.grad(graph(*leaves), leaves))))
+    return same
+
+
+def registered():
+    """torch.library's own checks: schema, fake results, autograd registration."""
+    from latentcot.kernels.gated_scan.registered import hgrn_forward, scan_forward
+
+    x, g, h0, _, _ = inputs(4, 16, 2, torch.float32)
+    row = [t.flatten(0, 1).unsqueeze(0).requires_grad_() for t in (x, g)]
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(scan_forward, (row[0], row[1], h0, torch.tensor([0, 3, 8])), test_utils=utilities)
+    torch.library.opcheck(hgrn_forward, (row[0], row[1], None, None, None), test_utils=utilities)
+    return True
 
 
 def packed(dtype):
@@ -163,6 +256,28 @@ CHECKS = {
         for dtype in DTYPES
         for S, D, state in ((1, 16, True), (7, 60, False), (7, 131, True), (33, 16, True))
     },
+    **{
+        f"parts-{dtype}-S{S}-D{D}-{'state' if state else 'zero'}": (in_parts, (S, D, dtype, state))
+        for dtype in DTYPES
+        for S, D, state in ((16, 20, True), (33, 20, True), (27, 32, False))
+    },
+    **{
+        f"hgrn-{dtype}-S{S}-D{D}-{'bound' if bounded else 'free'}{'-parts' if parts else ''}": (
+            hgrn,
+            (S, D, dtype, bounded, parts),
+        )
+        for dtype in DTYPES
+        for S, D, bounded, parts in (
+            (1, 16, True, False),
+            (19, 60, True, False),
+            (19, 20, False, True),
+            (33, 20, True, True),
+        )
+    },
+    "hgrn-saturated": (hgrn, (9, 20, "fp32", True, False, 40.0)),
+    "packed-parts": (packed_in_parts, ()),
+    "compiled": (compiled, ()),
+    "registered": (registered, ()),
     "packed-fp32": (packed, ("fp32",)),
     "packed-fp16": (packed, ("fp16",)),
     "strided": (strided, ()),
