@@ -89,6 +89,12 @@ def _piece_bound(B: int, S: int, cu_seqlens: Tensor | None, size: int) -> int:
     return B * ((S + size - 1) // size) if cu_seqlens is None else S // size + cu_seqlens.shape[0] - 1
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """``x`` as kernels take it: evenly spaced tokens, so close that a chunk's offsets fit 32 bits, as its rows are."""
+    x = flat(x)
+    return x if x.shape[1] < 2 or 64 * x.stride(1) < 2**31 else x.contiguous()
+
+
 def _strides(x: Tensor) -> tuple[int, int]:
     return x.stride(1), x.stride(2)
 
@@ -143,8 +149,8 @@ def _forward(
     B, S, H, K = q.shape
     Hv, V = v.shape[-2:]
     T, N = B * S, _count(q, cu_seqlens)
-    q, k, v, beta = flat(q), flat(k), flat(v), flat(beta)
-    gates = None if log_decay is None else flat(log_decay)
+    q, k, v, beta = _tokens(q), _tokens(k), _tokens(v), _tokens(beta)
+    gates = None if log_decay is None else _tokens(log_decay)
     initial = None if initial_state is None else initial_state.contiguous()
     shape = config("delta_forward", K, V, q.dtype, q.device)
     shapes = _forward_shapes(q, v, log_decay, cu_seqlens, keep)
@@ -207,8 +213,8 @@ def _backward(
     Hv, V = v.shape[-2:]
     T, N, m = B * S, _count(q, cu_seqlens), Hv // H
     gated, has_state, has_last = log_decay is not None, initial_state is not None, d_last is not None
-    d_o = torch.zeros(B, S, Hv, V, dtype=v.dtype, device=q.device) if d_o is None else flat(d_o)
-    q, k, v = flat(q), flat(k), flat(v)
+    d_o = torch.zeros(B, S, Hv, V, dtype=v.dtype, device=q.device) if d_o is None else _tokens(d_o)
+    q, k, v = _tokens(q), _tokens(k), _tokens(v)
     initial = None if initial_state is None else initial_state.contiguous()
     d_last = None if d_last is None else d_last.contiguous()
     offsets, windows, owners, count = _pieces(q, cu_seqlens, WINDOW)

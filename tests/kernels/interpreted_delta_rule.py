@@ -1,0 +1,369 @@
+"""Checks of the Triton delta rule in Triton's interpreter; run as a script by test_delta_rule_triton.py.
+
+The interpreter is chosen by an environment variable that must be set before Triton is imported and must not reach the
+other tests, hence a process of its own. Prints one JSON object: check name -> numbers, or the traceback of a check that
+raised. Names as arguments select checks.
+"""
+
+# Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
+import json
+import sys
+import tempfile
+import traceback
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from latentcot.kernels import l2_norm
+from latentcot.kernels.delta_rule import reference
+from latentcot.kernels.delta_rule import triton as kernels
+from latentcot.kernels.launch import Launch, override
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
+
+
+def relative_rms(actual, expected):
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def inputs(S, K, V, dtype, *, gate="token", B=1, H=1, m=1, N=None, state=True, seed=0):
+    """Tensors of one call by name; gates, strengths and states are float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    shape = {"none": None, "token": (B, S, H * m), "channel": (B, S, H * m, K)}[gate]
+    return {
+        "q": normal(B, S, H, K).to(dtype),
+        "k": l2_norm(normal(B, S, H, K)).to(dtype),
+        "v": normal(B, S, H * m, V).to(dtype),
+        "beta": uniform(B, S, H * m),
+        "log_decay": None if shape is None else -uniform(*shape),
+        "initial_state": normal(B if N is None else N, H * m, K, V) if state else None,
+    }
+
+
+def chunks_of(chunk, keys_chunk=None, block=16):
+    """Launch shapes small enough for a few tokens to be several chunks."""
+    states, keys = Launch(chunk, block, 4, 1), Launch(keys_chunk or chunk, block, 4, 1)
+    vector = dict.fromkeys(("delta_channel_forward", "delta_channel_reverse"), states)
+    vector |= dict.fromkeys(("delta_channel_left", "delta_channel_right"), keys)
+    return override(delta_forward=states, delta_reverse=states, delta_left=keys, delta_right=keys, **vector)
+
+
+def by_kernel(q, k, v, beta, log_decay, initial_state, cu_seqlens=None):
+    return kernels.delta_rule(q, k, v, beta, log_decay, q.shape[-1] ** -0.5, initial_state, cu_seqlens)
+
+
+def by_definition(q, k, v, beta, log_decay, initial_state):
+    k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
+    return reference.delta_rule(q, k, v, beta, log_decay, q.shape[-1] ** -0.5, initial_state)
+
+
+def run(function, data, do, dstate, **options):
+    """Outputs, last state and the gradients of a random projection of both, by name."""
+    leaves = {n: t.clone().requires_grad_() for n, t in data.items() if t is not None}
+    o, state = function(**{n: leaves.get(n) for n in NAMES}, **options)
+    loss = (o * do.to(o)).sum() + (state * dstate.to(state)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"o": o, "state": state, **{f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+
+def wide(data):
+    return {n: None if t is None else t.double() for n, t in data.items()}
+
+
+def upstream(data, N=None, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    B, _, Hv, V = data["v"].shape
+    do = torch.randn(data["v"].shape, generator=generator).to(data["v"].dtype)
+    return do, torch.randn(B if N is None else N, Hv, data["k"].shape[-1], V, generator=generator)
+
+
+def errors(data, chunk, keys_chunk=None, block=16):
+    do, dstate = upstream(data)
+    expected = run(by_definition, wide(data), do, dstate)
+    with chunks_of(chunk, keys_chunk, block):
+        actual = run(by_kernel, data, do, dstate)
+    for name, tensor in actual.items():
+        dtype = torch.float32 if name == "state" else data[name[2:] if name != "o" else "v"].dtype
+        assert tensor.dtype == dtype, f"{name} has dtype {tensor.dtype}, expected {dtype}"
+    return {name: relative_rms(actual[name], expected[name]) for name in expected}
+
+
+def compare(S, chunk, keys_chunk, dtype, options):
+    K, V = options.pop("K", 16), options.pop("V", 16)
+    block = options.pop("block", 16)
+    return errors(inputs(S, K, V, DTYPES[dtype], **options), chunk, keys_chunk, block)
+
+
+def packed(dtype, gate="token"):
+    """Four sequences in one row against the loop over them."""
+    cuts = [0, 1, 17, 22, 61]
+    data = inputs(61, 16, 24, DTYPES[dtype], N=4, H=1, m=2, gate=gate)
+    do, dstate = upstream(data, N=4)
+
+    def loop(initial_state, **tokens):
+        parts = [
+            by_definition(
+                **{n: None if t is None else t[:, a:b] for n, t in tokens.items()},
+                initial_state=initial_state[n : n + 1],
+            )
+            for n, (a, b) in enumerate(pairwise(cuts))
+        ]
+        return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 0)
+
+    expected = run(loop, wide(data), do, dstate)
+    with chunks_of(16):
+        actual = run(by_kernel, data, do, dstate, cu_seqlens=torch.tensor(cuts))
+    return {name: relative_rms(actual[name], expected[name]) for name in expected}
+
+
+def gates(kind, gate="token"):
+    """No decay written as zeros, full resets between mild gates, and -inf."""
+    data = inputs(40, 16, 16, torch.float32, gate=gate)
+    if kind == "zero":
+        data["log_decay"].zero_()
+    elif kind == "resets":
+        data["log_decay"][:, ::5], data["log_decay"][:, 1::5] = -30.0, 0.0
+    elif kind == "large":  # running sums of a thousand: their differences must not lose digits
+        data["log_decay"][:, 3::16] = -1000.0
+    elif kind == "infinite":
+        data["log_decay"][:, 7] = data["log_decay"][:, 16] = float("-inf")
+    return errors(data, 16)
+
+
+def forgotten(gate="token"):
+    """exp(-30) at every token: nothing survives a token. The gradient of the gates is zero next to what it sums."""
+    data = inputs(40, 16, 16, torch.float32, gate=gate, state=False)
+    data["log_decay"].fill_(-30.0)
+    do, dstate = upstream(data)
+    expected, actual = run(by_definition, wide(data), do, dstate), None
+    with chunks_of(16):
+        actual = run(by_kernel, data, do, dstate)
+    gradient = actual.pop("d_log_decay").double() - expected.pop("d_log_decay")
+    found = {name: relative_rms(actual[name], expected[name]) for name in expected}
+    return found | {"d_log_decay": float(gradient.norm() / (data["q"] * actual["d_q"]).norm())}
+
+
+def strengths(kind, dtype, gate="none"):
+    """Repeated keys with beta near 2, where powers of A grow like binomial coefficients; beta of zero; tiny beta."""
+    data = inputs(70, 16, 16, DTYPES[dtype], gate=gate)
+    if kind == "repeated":
+        data["k"][:] = data["k"][:, :1]
+        data["beta"].fill_(1.99)
+    elif kind == "zero":
+        data["beta"].zero_()
+    elif kind == "tiny":
+        data["beta"] *= 1e-3
+    return errors(data, 64, 32)
+
+
+def split(gate="token"):
+    """Segments of 1, 7, 20 and 12 tokens with the state carried over against the single pass."""
+    data = inputs(40, 16, 16, torch.float32, gate=gate)
+    do, dstate = upstream(data)
+
+    def segments(initial_state, **tokens):
+        outputs = []
+        for a, b in pairwise([0, 1, 8, 28, 40]):
+            part = {n: None if t is None else t[:, a:b] for n, t in tokens.items()}
+            o, initial_state = by_kernel(**part, initial_state=initial_state)
+            outputs.append(o)
+        return torch.cat(outputs, 1), initial_state
+
+    with chunks_of(16):
+        expected, actual = run(by_kernel, data, do, dstate), run(segments, data, do, dstate)
+    return {name: relative_rms(actual[name], expected[name]) for name in expected}
+
+
+def strided(gate="token"):
+    """Slices of wider buffers, head-major storage, an expanded upstream gradient."""
+    data = inputs(21, 16, 16, torch.float32, B=2, H=2, gate=gate)
+    expected = run(by_definition, wide(data), torch.ones(()), torch.zeros(()))
+    buffer = torch.randn(2, 21, 2, 48)
+    buffer[..., 16:32] = data["q"]
+    leaves = {
+        "q": buffer.requires_grad_(),
+        "k": data["k"].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        "v": data["v"].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+        "beta": data["beta"].mT.contiguous().mT.requires_grad_(),
+        "log_decay": data["log_decay"].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+    }
+    with chunks_of(16):
+        o, _ = by_kernel(**{**leaves, "q": leaves["q"][..., 16:32]}, initial_state=data["initial_state"])
+        o.sum().backward()
+    found = {n: t.grad for n, t in leaves.items()}
+    found["q"] = found["q"][..., 16:32]
+    return {f"d_{n}": relative_rms(found[n], expected[f"d_{n}"]) for n in found} | {"o": relative_rms(o, expected["o"])}
+
+
+def poisoned(gate):
+    """torch.empty returns NaN everywhere: every element of every output must have been written."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(float("nan")) if t.dtype.is_floating_point else t
+
+    torch.empty = lambda *a, **k: poison(empty(*a, **k))
+    torch.empty_like = lambda *a, **k: poison(empty_like(*a, **k))
+    try:
+        data = inputs(37, 24, 20, torch.float32, B=2, H=1, m=2, gate=gate)
+        with chunks_of(32, 16):
+            found = run(by_kernel, data, *upstream(data))
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+    return {name: int(t.isnan().sum()) for name, t in found.items()}
+
+
+def without_gradients(gate="token"):
+    """The forward that keeps nothing for a backward gives the same numbers."""
+    data = inputs(40, 16, 16, torch.float32, gate=gate)
+    with chunks_of(16):
+        o, state = by_kernel(**{n: t.requires_grad_() for n, t in data.items()})
+        with torch.no_grad():
+            o_plain, state_plain = by_kernel(**data)
+    return [torch.equal(o, o_plain), torch.equal(state, state_plain), o_plain.requires_grad]
+
+
+def some_gradients():
+    """Gradients of a subset, of the output alone and of the state alone, are those of the whole."""
+    data = inputs(20, 16, 16, torch.float32, B=2)
+    do, dstate = upstream(data)
+    with chunks_of(16):
+        for t in data.values():
+            t.requires_grad_()
+        o, state = by_kernel(**data)
+        by_output = torch.autograd.grad(o, list(data.values()), do, retain_graph=True)
+        by_state = torch.autograd.grad(state, list(data.values()), dstate, retain_graph=True, allow_unused=True)
+        both = torch.autograd.grad([o, state], list(data.values()), [do, dstate])
+        data["q"].requires_grad_(False)
+        o, _ = by_kernel(**data)
+        (d_beta,) = torch.autograd.grad(o, [data["beta"]], do)
+    sums = {n: a + b for n, a, b in zip(data, by_output, by_state, strict=True)}
+    found = {f"d_{n}": relative_rms(sums[n], t) for n, t in zip(data, both, strict=True)}
+    return found | {"d_beta_alone": relative_rms(d_beta, by_output[3])}
+
+
+def mixed_dtypes():
+    """q, k in 16 bits, v in 32: computed in 32; strengths and gates in any dtype; every gradient in its input's."""
+    data = inputs(20, 16, 16, torch.float32)
+    for name, dtype in (("q", torch.float16), ("k", torch.bfloat16), ("beta", torch.bfloat16)):
+        data[name] = data[name].to(dtype)
+    data["log_decay"] = data["log_decay"].half()
+    return errors(data, 16)
+
+
+def beyond_32_bits(stride, S):
+    """Keys that lie ``stride`` elements a token apart (a sparse file): the last one begins beyond element 2^31."""
+    data = inputs(S, 16, 16, torch.float16)
+    with tempfile.TemporaryDirectory() as folder, chunks_of(16), torch.no_grad():
+        path = Path(folder) / "sparse"
+        elements = (S - 1) * stride + 16
+        with path.open("wb") as file:
+            file.truncate(2 * elements)
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=2 * elements)
+        far = torch.empty(0, dtype=torch.float16).set_(storage, 0, (1, S, 1, 16), (elements, stride, 16, 1))
+        far.copy_(data["k"])
+        near = by_kernel(**data)
+        o, state = by_kernel(**{**data, "k": far})
+    return [torch.equal(o, near[0]), torch.equal(state, near[1])]
+
+
+def compiled(gate="token"):
+    """One graph, forward and backward, with the same numbers as without the compiler."""
+    data = inputs(20, 16, 16, torch.float32, gate=gate)
+    do, dstate = upstream(data)
+    with chunks_of(16):
+        expected = run(by_kernel, data, do, dstate)
+        actual = run(torch.compile(by_kernel, fullgraph=True, backend="aot_eager"), data, do, dstate)
+    return {name: bool(torch.equal(actual[name], expected[name])) for name in expected}
+
+
+def registered():
+    """What torch.library checks of an operator: schema, autograd registration, fake tensors, symbolic shapes."""
+    data = inputs(20, 16, 16, torch.float32, m=2)
+    arguments = (*(data[n].requires_grad_() for n in NAMES[:5]), 0.25, data["initial_state"].requires_grad_(), None)
+    with chunks_of(16):
+        found = torch.library.opcheck(torch.ops.latentcot.delta_rule_forward.default, (*arguments, True))
+        kept = torch.ops.latentcot.delta_rule_forward(*arguments, True)
+        state = torch.randn_like(kept[1])
+        gradient = (torch.randn_like(kept[0]), state, *arguments, *(t.detach() for t in kept[1:]))
+        gradient = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in gradient)
+        found_backward = torch.library.opcheck(
+            torch.ops.latentcot.delta_rule_backward.default,
+            gradient,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+    return {**found, **{f"backward_{n}": r for n, r in found_backward.items()}}
+
+
+def second_derivative():
+    """First derivatives only: asking for more raises instead of answering zero."""
+    data = inputs(5, 16, 16, torch.float32)
+    with chunks_of(16):
+        o, _ = by_kernel(**{n: t.requires_grad_() for n, t in data.items()})
+        (d_q,) = torch.autograd.grad(o.sum(), [data["q"]], create_graph=True)
+    try:
+        torch.autograd.grad(d_q.sum(), [data["k"]])
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+COMPARISONS = {
+    "S1": (1, 16, 16, {}),
+    "S5": (5, 16, 16, {"gate": "none", "V": 24}),
+    "S15": (15, 16, 16, {"K": 24, "m": 2}),
+    "S16": (16, 16, 16, {"gate": "none", "state": False}),
+    "S17": (17, 16, 16, {"B": 2, "H": 2}),
+    "S39": (39, 16, 16, {"K": 24, "V": 24, "H": 2, "m": 2}),
+    "S39-C32": (39, 32, 16, {"K": 24, "V": 40, "state": False}),
+    "S71-C32": (71, 32, 32, {"gate": "none", "K": 40, "m": 3}),
+    "S135-C64": (135, 64, 32, {"K": 24, "V": 24}),
+    "S135-C64-block": (135, 64, 64, {"K": 24, "V": 24, "m": 2, "block": 32}),
+    "S600-windows": (600, 64, 64, {"B": 2}),
+    "S600-mixed-windows": (600, 32, 16, {}),
+}
+CHECKS = {
+    **{f"compare-{dtype}-{name}": (compare, (*c[:3], dtype, dict(c[3]))) for dtype in DTYPES for name, c in COMPARISONS.items()},
+    "packed-fp32": (packed, ("fp32",)),
+    "packed-fp16": (packed, ("fp16",)),
+    **{f"gates-{kind}": (gates, (kind,)) for kind in ("zero", "resets", "large", "infinite")},
+    "forgotten": (forgotten, ()),
+    **{f"strengths-{dtype}-{kind}": (strengths, (kind, dtype)) for dtype in DTYPES for kind in ("repeated", "zero", "tiny")},
+    "split": (split, ()),
+    "strided": (strided, ()),
+    "poisoned-none": (poisoned, ("none",)),
+    "poisoned-token": (poisoned, ("token",)),
+    "without_gradients": (without_gradients, ()),
+    "some_gradients": (some_gradients, ()),
+    "mixed_dtypes": (mixed_dtypes, ()),
+    "beyond_32_bits-chunks": (beyond_32_bits, (2**25 - 16, 66)),
+    "beyond_32_bits-tokens": (beyond_32_bits, (2**30 + 16, 3)),
+    "compiled": (compiled, ()),
+    "registered": (registered, ()),
+    "second_derivative": (second_derivative, ()),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {}
+    for name in sys.argv[1:] or CHECKS:
+        check, arguments = CHECKS[name]
+        try:
+            results[name] = check(*arguments)
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))

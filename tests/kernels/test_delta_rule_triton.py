@@ -1,0 +1,151 @@
+"""The Triton delta rule, run by Triton's interpreter on the CPU, against the definition.
+
+The checks live in interpreted_delta_rule.py and run once, in a process of their own: the interpreter is switched on by
+a variable that Triton reads when it is imported, and must not leak into the other tests.
+"""
+
+# Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed, so there is no interpreter to run the kernels in")
+
+SCRIPT = Path(__file__).with_name("interpreted_delta_rule.py")
+TOLERANCE = {"fp32": (1e-5, 1e-4), "fp16": (3e-3, 2e-2)}  # relative RMS: everything but the gates, the gates
+ALL = {"o", "state", "d_q", "d_k", "d_v", "d_beta"}
+CASES = {
+    "S1", "S5", "S15", "S16", "S17", "S39", "S39-C32", "S71-C32", "S135-C64", "S135-C64-block", "S600-windows",
+    "S600-mixed-windows",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def found_in(results, name):
+    found = results[name]
+    assert isinstance(found, dict), found
+    return found
+
+
+def assert_close(found, dtype="fp32"):
+    assert set(found) >= ALL
+    others, gates = TOLERANCE[dtype]
+    for quantity, error in found.items():
+        assert error < (gates if quantity == "d_log_decay" else others), f"{quantity}: relative RMS {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_kernels_are_the_definition(case, dtype, results):
+    assert_close(found_in(results, f"compare-{dtype}-{case}"), dtype)
+
+
+def test_every_case_ran(results):
+    assert {f"compare-{dtype}-{case}" for case in CASES for dtype in TOLERANCE} == {
+        name for name in results if name.startswith("compare")
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_packed_sequences_are_the_loop_over_them(dtype, results):
+    assert_close(found_in(results, f"packed-{dtype}"), dtype)
+
+
+@pytest.mark.parametrize("kind", ["zero", "resets", "large", "infinite"])
+def test_extreme_gates(kind, results):
+    found = found_in(results, f"gates-{kind}")
+    assert "d_log_decay" in found
+    assert_close(found)
+
+
+def test_everything_forgotten(results):
+    assert_close(found_in(results, "forgotten"))
+
+
+@pytest.mark.parametrize("kind", ["repeated", "zero", "tiny"])
+def test_extreme_strengths(kind, results):
+    assert_close(found_in(results, f"strengths-fp32-{kind}"))
+    if kind != "repeated":
+        assert_close(found_in(results, f"strengths-fp16-{kind}"), "fp16")
+
+
+def test_repeated_keys_in_16_bits(results):
+    """70 reflections of one direction never forget a rounding; powers of A would be wrong by many orders."""
+    found = found_in(results, "strengths-fp16-repeated")
+    assert all(error < 0.1 for error in found.values()), found
+
+
+def test_segments_are_the_single_pass(results):
+    assert_close(found_in(results, "split"))
+
+
+def test_any_strides(results):
+    found = found_in(results, "strided")
+    assert set(found) == {"o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay"}
+    assert all(error < 1e-5 for error in found.values()), found
+
+
+@pytest.mark.parametrize("gate", ["none", "token"])
+def test_every_output_is_written(gate, results):
+    """Output buffers are filled with NaN beforehand; none may survive."""
+    gates = {"d_log_decay"} if gate != "none" else set()
+    assert found_in(results, f"poisoned-{gate}") == dict.fromkeys(ALL | gates | {"d_initial_state"}, 0)
+
+
+def test_keeping_nothing_for_a_backward_changes_nothing(results):
+    assert results["without_gradients"] == [True, True, False]
+
+
+def test_gradients_of_one_result_or_one_input(results):
+    found = found_in(results, "some_gradients")
+    assert len(found) == 7
+    assert all(error < 1e-5 for error in found.values()), found
+
+
+def test_mixed_dtypes(results):
+    """Results are exact in 32 bits; a gradient is rounded once, to its input's dtype."""
+    found = found_in(results, "mixed_dtypes")
+    bounds = {"d_q": 1e-3, "d_k": 4e-3, "d_beta": 4e-3, "d_log_decay": 1e-3}
+    for quantity, error in found.items():
+        assert error < bounds.get(quantity, 1e-5), f"{quantity}: relative RMS {error:.2e}"
+
+
+@pytest.mark.parametrize("far", ["chunks", "tokens"])
+def test_K_2_rows_beyond_two_to_the_31(far, results):
+    assert results[f"beyond_32_bits-{far}"] == [True, True]
+
+
+def test_one_graph_under_the_compiler(results):
+    found = found_in(results, "compiled")
+    assert set(found) == ALL | {"d_log_decay", "d_initial_state"}
+    assert all(found.values()), found
+
+
+def test_registration(results):
+    found = found_in(results, "registered")
+    assert len(found) == 7
+    assert set(found.values()) == {"SUCCESS"}, found
+
+
+def test_second_derivatives_raise(results):
+    assert "no autograd formula was registered" in results["second_derivative"]
