@@ -28,7 +28,7 @@ import torch
 
 from latentcot.kernels import bench_peers
 from latentcot.kernels.bench_cases import MIXERS, ROWS, Row, tiny
-from latentcot.kernels.bench_measure import ceilings
+from latentcot.kernels.bench_measure import ceilings, synchronize
 from latentcot.kernels.bench_rows import Contender, Settings, guarded, measure, ours
 
 SCHEMA = 1
@@ -102,12 +102,10 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
     )
     write(settings.out, result)
 
-    def spent() -> bool:
-        return settings.budget_seconds is not None and time.monotonic() - begin > settings.budget_seconds
-
     for row in settings.rows:
-        if spent():
-            result["left_out"].append({"row": row.name, "reason": f"the {settings.budget_seconds:g} s were used up"})
+        reason = _why_stop(settings, begin)
+        if reason is not None:
+            result["left_out"].append({"row": row.name, "reason": reason})
             continue
         entry = describe_row(row)
         result["rows"].append(entry)
@@ -115,8 +113,9 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         write(settings.out, result)
         say(one_line(row.name, "ours", entry["ours"]))
         for name in settings.against:
-            if spent():
-                result["left_out"].append({"row": f"{row.name} against {name}", "reason": "the time was used up"})
+            reason = _why_stop(settings, begin)
+            if reason is not None:
+                result["left_out"].append({"row": f"{row.name} against {name}", "reason": reason})
                 continue
             entry["peers"].extend(measure_peer(row, name, settings, rates))
             write(settings.out, result)
@@ -128,6 +127,21 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         say(f"left out: {left['row']} ({left['reason']})")
     write(settings.out, result)
     return result
+
+
+def _why_stop(settings: Settings, begin: float) -> str | None:
+    """Why nothing more can be measured, None while it can: time is up, or the card no longer answers.
+
+    A kernel that writes where it must not, or a failed device-side assertion, makes every later call of the process
+    fail; the rows behind it are left out instead of being blamed.
+    """
+    if settings.budget_seconds is not None and time.monotonic() - begin > settings.budget_seconds:
+        return f"the {settings.budget_seconds:g} s were used up"
+    try:
+        synchronize(settings.device)
+    except RuntimeError as error:
+        return f"the device was lost: {str(error).splitlines()[0]}"
+    return None
 
 
 def measure_peer(row: Row, name: str, settings: Settings, rates: dict[str, float]) -> list[dict[str, Any]]:

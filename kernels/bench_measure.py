@@ -132,10 +132,11 @@ def ceilings(device: torch.device, *, tiny: bool = False) -> dict[str, float]:
     size, width = (1 << 20, 128) if tiny else (COPY_BYTES, MATMUL_WIDTH)
     source = torch.empty(size, dtype=torch.int8, device=device).random_(-128, 127)
     target = torch.empty_like(source)
-    copied = time_calls([lambda: target.copy_(source)], device)
+    seconds = 0.01 if tiny else 0.5
+    copied = time_calls([lambda: target.copy_(source)], device, seconds=seconds)
     a = torch.randn(width, width, device=device, dtype=torch.bfloat16)
     b = torch.randn(width, width, device=device, dtype=torch.bfloat16)
-    multiplied = time_calls([lambda: a @ b], device)
+    multiplied = time_calls([lambda: a @ b], device, seconds=seconds)
     return {
         "copy_bytes_per_s": 2 * size / (1e-3 * copied["ms"]),
         "matmul_flops_per_s": 2 * width**3 / (1e-3 * multiplied["ms"]),
@@ -143,7 +144,12 @@ def ceilings(device: torch.device, *, tiny: bool = False) -> dict[str, float]:
 
 
 def time_steps(
-    step: Callable[[Tensor], Tensor], state: Tensor, device: torch.device, *, steps: int = STEPS
+    step: Callable[[Tensor], Tensor],
+    state: Tensor,
+    device: torch.device,
+    *,
+    steps: int = STEPS,
+    seconds: float = 0.5,
 ) -> dict[str, float | int]:
     """Milliseconds of one one-token step, ``steps`` of them captured in one CUDA graph, each on the state of the last.
 
@@ -157,7 +163,7 @@ def time_steps(
             for _ in range(steps):
                 now = step(now)
 
-        result = time_calls([loop], device, most=20)
+        result = time_calls([loop], device, seconds=seconds)
     else:
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
@@ -170,7 +176,7 @@ def time_steps(
             now = state
             for _ in range(steps):
                 now = step(now)
-        result = time_calls([graph.replay], device)
+        result = time_calls([graph.replay], device, seconds=seconds)
     for name in ("ms", "ms_low", "ms_high", "host_ms"):
         result[name] = result[name] / steps
     return {**result, "steps": steps}

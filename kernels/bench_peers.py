@@ -9,6 +9,7 @@ chunk form of its Qwen3-Next model, ``sdpa`` PyTorch's softmax attention at the 
 function, the cost that linear attention is measured against.
 """
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -194,7 +195,8 @@ def _fla_step(row: Row) -> list[Peer]:
 def _transformers(row: Row) -> list[Peer]:
     if row.mixer not in ("deltanet", "gated_deltanet") or row.visibility != "causal" or row.group == "token":
         return []
-    chunk = _load("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule")
+    # unwrapped: some versions hand the call to fla where that is installed
+    chunk = inspect.unwrap(_load("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"))
 
     def run(x: Tensors) -> Tensor:
         if row.mixer == "deltanet":

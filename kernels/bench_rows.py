@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class Settings:
     budget_seconds: float | None = None
     out: Path | None = None
 
+    @property
+    def seconds(self) -> float:
+        """How long one call is repeated."""
+        return 0.01 if self.tiny else 0.5
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -76,8 +82,9 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a lost device can not give memory back either
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def measure(
@@ -138,7 +145,7 @@ def _measure_sequence(
 
     calls = [lambda x=x: forward(x) for x in sets]
     entry["forward"] = {
-        **_set_against(time_calls(calls, device), (nbytes[0], flops[0]), contender, rates),
+        **_set_against(time_calls(calls, device, seconds=settings.seconds), (nbytes[0], flops[0]), contender, rates),
         "peak_bytes": peak_bytes(calls[0], device),
         "launches": launches(calls[0], device),
     }
@@ -156,7 +163,7 @@ def _measure_sequence(
     entry["first_both_s"] = time.perf_counter() - begin
     calls = [lambda n=n: both(n) for n in range(SETS)]
     entry["both"] = {
-        **_set_against(time_calls(calls, device), (nbytes[1], flops[1]), contender, rates),
+        **_set_against(time_calls(calls, device, seconds=settings.seconds), (nbytes[1], flops[1]), contender, rates),
         "peak_bytes": peak_bytes(calls[0], device),
         "launches": launches(calls[0], device),
     }
@@ -171,7 +178,7 @@ def _measure_step(
     counted = counted_bytes(row, shape, x)[0], counted_flops(row, shape)[0]
     state = torch.randn(shape.B, shape.H, shape.K, shape.V, device=device)
     with torch.no_grad():
-        timing = time_steps(lambda now: step(x, now)[1], state, device)
+        timing = time_steps(lambda now: step(x, now)[1], state, device, seconds=settings.seconds)
         entry["forward"] = {
             **_set_against(timing, counted, contender, rates),
             "peak_bytes": peak_bytes(lambda: step(x, state), device),

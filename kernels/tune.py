@@ -177,7 +177,7 @@ def tune(
     trials: list[dict[str, Any]],
     spent: Callable[[], bool],
     done: set[tuple[str, str]],
-    workload: Callable[..., Workload] = Workload,
+    workload: Callable[..., Any] = Workload,
 ) -> dict[str, Launch]:
     """Shape class -> launch shape of one kernel where something faster than the present shape was found.
 
