@@ -48,7 +48,6 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--budget-seconds", type=float, help="start no row after this time")
     parser.add_argument("--cold", action="store_true", help="first call of a fresh process with an empty kernel cache")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="errors against float64")
-    parser.add_argument("--check-peers", action="store_true", help="errors of peers too (fla tunes anew for it)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the inputs; bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--shape", default="full", choices=("full", "tiny"))
@@ -75,7 +74,6 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         tiny=given.shape == "tiny",
         cold=given.cold,
         check=given.check,
-        check_peers=given.check_peers,
         budget_seconds=given.budget_seconds,
         out=given.out,
     )
@@ -155,7 +153,7 @@ def measure_peer(row: Row, name: str, settings: Settings, rates: dict[str, float
     entries = []
     for peer in found:
         contender = Contender(peer.label, peer.run, peer.step, peer.same, peer.note)
-        entry = guarded(lambda c=contender: measure(row, c, settings, rates, peer=True))
+        entry = guarded(lambda c=contender: measure(row, c, settings, rates))
         entries.append({"peer": name, "label": peer.label, "version": bench_peers.peer_version(name), **entry})
     return entries
 

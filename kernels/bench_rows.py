@@ -44,7 +44,6 @@ class Settings:
     tiny: bool = False
     cold: bool = False
     check: bool = True
-    check_peers: bool = False
     budget_seconds: float | None = None
     out: Path | None = None
 
@@ -81,9 +80,9 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        gc.collect()
-        with suppress(RuntimeError):  # a lost device can not give memory back either
-            if torch.cuda.is_available():
+        if torch.cuda.is_available():
+            gc.collect()
+            with suppress(RuntimeError):  # a lost device can not give memory back either
                 torch.cuda.empty_cache()
 
 
@@ -93,16 +92,15 @@ def measure(
     settings: Settings,
     rates: dict[str, float],
     *,
-    peer: bool = False,
     cold: bool = False,
 ) -> dict[str, Any]:
     """All numbers of one implementation of one row. What comes first survives a failure of what comes later."""
     entry: dict[str, Any] = {"label": contender.label, "note": contender.note}
-    check = settings.check and contender.same and (settings.check_peers or not peer)
+    check = settings.check and contender.same
     measured = _measure_step if row.group == "token" else _measure_sequence
     parts: list[tuple[str, Callable[[], Any]]] = [("timing", lambda: measured(row, contender, settings, rates, entry))]
     if check:
-        parts.append(("errors", lambda: errors_of(row, contender, settings, whole_heads=peer)))
+        parts.append(("errors", lambda: errors_of(row, contender, settings)))
     if cold:
         parts.append(("cold_s", lambda: cold_start(row, settings)))
     for name, part in parts:
@@ -186,15 +184,15 @@ def _measure_step(
         }
 
 
-def errors_of(row: Row, contender: Contender, settings: Settings, *, whole_heads: bool = False) -> dict[str, float]:
-    """Relative RMS errors of o and of every gradient against float64, at B = 1, two heads and at most 512 tokens.
+def errors_of(row: Row, contender: Contender, settings: Settings) -> dict[str, float]:
+    """Relative RMS errors of o and of every gradient against float64, at B = 1 and at most 512 tokens.
 
-    Both see the same inputs, rounded to the dtype of the run. ``whole_heads`` keeps the row's heads, for peers that tune
-    for the number of heads.
+    Both see the same inputs, rounded to the dtype of the run. Heads stay those of the row: kernels specialise, and some
+    peers tune, for their number, and the definition's time is that of its steps however many heads there are.
     """
     mixer, device = MIXERS[row.mixer], settings.device
     full = row.shape
-    shape = Shape(1, min(full.S, CHECK_LENGTH), full.H if whole_heads else min(full.H, 2), full.K, full.V)
+    shape = full._replace(B=1, S=min(full.S, CHECK_LENGTH))
     if row.group == "token":
         return _step_errors(row, contender, settings, shape)
     call = contender.run
