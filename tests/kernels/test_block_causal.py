@@ -299,6 +299,28 @@ def test_narrow_inputs_are_computed_in_float32(inside, write, dtype, random_inpu
         assert torch.equal(state, last)
 
 
+@pytest.mark.parametrize("length", [4, 8])
+@pytest.mark.parametrize(("inside", "write"), FORMS)
+@pytest.mark.parametrize(("operator", "gate"), [c for c in CASES if c[1] in ("token", "channel")])
+def test_float32_keeps_its_digits(operator, gate, inside, write, length, random_inputs, evaluate, assert_same):
+    arguments = values_of(operator, random_inputs, gate=gate, dtype=torch.float32)
+    actual = evaluate(OPERATORS[operator], arguments, visibility=BlockCausal(length, inside, write))
+    wide = {n: t.double() for n, t in arguments.items()}
+    assert_same(actual, evaluate(oracle, wide, length=length, inside=inside, write=write), torch.float32)
+
+
+@pytest.mark.parametrize("length", [24, 70])
+@pytest.mark.parametrize(("inside", "write"), FORMS)
+@pytest.mark.parametrize(("operator", "gate"), [c for c in CASES if c[1] in ("token", "channel")])
+def test_blocks_across_the_borders_of_chunks(operator, gate, inside, write, length, random_inputs):
+    arguments = values_of(operator, random_inputs, gate=gate, B=1, S=150)
+    function = partial(OPERATORS[operator], visibility=BlockCausal(length, inside, write), output_state=True)
+    actual, last = function(**arguments, backend="chunked")
+    expected, state = function(**arguments, backend="reference")
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(last, state, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_empty_sequences_keep_their_state(operator, random_inputs):
     arguments = values_of(operator, random_inputs, gate="token", S=0)
@@ -323,6 +345,16 @@ def test_second_derivatives(operator, inside, write, random_inputs):
         ]
 
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize(("inside", "write"), [("softmax", "recurrent"), ("additive", "order_free")])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiles_as_one_graph(operator, inside, write, random_inputs, evaluate, assert_same):
+    arguments = values_of(operator, random_inputs, gate="none")
+    function = partial(OPERATORS[operator], visibility=BlockCausal(4, inside, write))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(evaluate(compiled, arguments), evaluate(function, arguments), torch.float64)
+    torch.compiler.reset()
 
 
 def test_a_direction_gate_without_two_scans_is_refused(random_inputs):
