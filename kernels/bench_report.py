@@ -274,7 +274,8 @@ def not_reached(runs: Sequence[Json], rows: Sequence[Json]) -> str:
                 theirs, beside = _at(peer, name, "ms"), _at(peer, "beside", name, "ms")
                 if theirs and beside and theirs < beside:
                     found.append(
-                        f"{title}: {words} takes {number(beside)} ms, {peer['peer']} ({peer['label']}) {number(theirs)} ms."
+                        f"{title}: {words} takes {number(beside)} ms, {peer['peer']} "
+                        f"({'; '.join(filter(None, (peer['label'], peer.get('note'))))}) {number(theirs)} ms."
                     )
     missing = sorted(
         {p["missing"] for row in rows for p in row["peers"] if "missing" in p and "nothing to" not in p["missing"]}

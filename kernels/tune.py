@@ -28,6 +28,7 @@ from latentcot.kernels import Causal, launch
 from latentcot.kernels.bench_cases import MIXERS, Shape
 from latentcot.kernels.bench_measure import relative_rms, time_calls
 from latentcot.kernels.launch import Launch
+from latentcot.kernels.tune_compile import compile_ahead, default_processes
 
 GAIN = 0.98  # a candidate must need less than this share of the time: a smaller difference is noise
 # Launch shapes of one kernel differ in rounding alone: relative RMS of outputs and of gradients of gates, per element size
@@ -149,19 +150,23 @@ def search(
     start: Launch,
     judge: Callable[[Launch], float],
     spent: Callable[[], bool] = lambda: False,
+    prepare: Callable[[list[Launch]], None] = lambda candidates: None,
 ) -> tuple[Launch, float]:
     """The best launch shape reached from ``start`` by changing one part at a time, and its score.
 
     ``judge`` returns the time of a candidate as a share of the present time, or infinity where it fails or is wrong.
+    ``prepare`` is given the candidates of a round before the first of them is judged.
     """
     best, score = start, 1.0
     tried = {start}
     improved = True
     while improved and not spent():
         improved = False
-        for candidate in list(tunable.neighbours(best)):
-            if candidate in tried or spent():
-                continue
+        around = [candidate for candidate in tunable.neighbours(best) if candidate not in tried]
+        prepare(around)
+        for candidate in around:
+            if spent():
+                break
             tried.add(candidate)
             found = judge(candidate)
             if found < score * GAIN:
@@ -178,6 +183,7 @@ def tune(
     spent: Callable[[], bool],
     done: set[tuple[str, str]],
     workload: Callable[..., Any] = Workload,
+    processes: int = 0,
 ) -> dict[str, Launch]:
     """Shape class -> launch shape of one kernel where something faster than the present shape was found.
 
@@ -221,7 +227,12 @@ def tune(
         return trial["share"]
 
     start = classes.get(launch.shape_class(shape.K, shape.V, dtype), next(iter(classes.values())))
-    best, score = search(tunable, start, judge, spent)
+
+    def prepare(candidates: list[Launch]) -> None:
+        if processes > 1 and len(candidates) > 1:
+            compile_ahead(name, shape, dtype, device, candidates, processes=processes)
+
+    best, score = search(tunable, start, judge, spent, prepare)
     trials.append(
         {"kernel": name, "classes": sorted(classes), "launch": list(best), "share": score, "before": list(start),
          "before_ms": before, "best": True}
@@ -266,6 +277,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="KxV separated by commas")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="try nothing new after this time")
+    parser.add_argument("--processes", type=int, default=default_processes(), help="that compile ahead; 0: none")
     parser.add_argument("--out", type=Path, help="JSON file of all trials, rewritten after every kernel and shape")
     parser.add_argument("--write", action="store_true", help=f"put the winners into {launch.TABLE.name}")
     given = parser.parse_args(arguments)
@@ -304,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             shape = Shape(8, 4096, max(1, 2048 // max(K, V)), K, V)
             try:
-                winners = tune(name, shape, dtype, device, trials, spent, done)
+                winners = tune(name, shape, dtype, device, trials, spent, done, processes=given.processes)
             except Exception as error:
                 failed = 1
                 print(f"{name} {K}x{V}: FAILED {type(error).__name__}: {error}", flush=True)

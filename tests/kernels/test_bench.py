@@ -2,11 +2,24 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from latentcot.kernels import bench, bench_cases, bench_measure, bench_peers, bench_report, bench_rows, launch, tune
+from latentcot.kernels import (
+    bench,
+    bench_cases,
+    bench_measure,
+    bench_peers,
+    bench_report,
+    bench_rows,
+    launch,
+    tune,
+    tune_compile,
+)
 from latentcot.kernels.bench_cases import MIXERS, ROWS, Row, Shape, counted_bytes, counted_flops
 from latentcot.kernels.launch import Launch
 
@@ -314,7 +327,7 @@ def test_the_page_states_times_bars_ratios_and_what_is_missed():
         "| fla: chunk | 1.40 | 2.00 | 2.00 | 0.50 | 1024 | – | guard off |" in line for line in page.splitlines()
     )
     assert "- `gla`: forward + backward takes 4.00 ms, its bar is 3.30 ms." in page
-    assert "- `gla`: forward + backward takes 4.00 ms, fla (chunk) 2.00 ms." in page
+    assert "- `gla`: forward + backward takes 4.00 ms, fla (chunk; guard off) 2.00 ms." in page
     assert "- Left out: hgrn (no time)." in page
     assert "`retnet`:" not in page  # within its bar, and nothing was faster
     assert "| `gla` | 2.0e-03 | q nan |" in page
@@ -396,6 +409,34 @@ def test_search_walks_to_the_best_by_single_steps():
     best, score = tune.search(kernel, Launch(16, 32, 4, 1), judge)
     assert (best, score) == (Launch(64, 64, 8, 1), 0.5)
     assert len(judged) == len(set(judged))
+
+
+def test_candidates_of_a_round_are_prepared_together_and_once():
+    kernel = tune.Tunable(("gla",), False, (16, 32), (32,), (4, 8), (1,))
+    rounds = []
+    tune.search(kernel, Launch(16, 32, 4, 1), lambda candidate: 1 / candidate.chunk, prepare=rounds.append)
+    assert rounds == [[Launch(32, 32, 4, 1), Launch(16, 32, 8, 1)], [Launch(32, 32, 8, 1)]]
+
+
+def test_candidates_are_dealt_out_whole():
+    candidates = [Launch(16, 32, 4, n) for n in range(5)]
+    dealt = tune_compile.shares(candidates, 2)
+    assert [len(share) for share in dealt] == [3, 2]
+    assert sorted(one for share in dealt for one in share) == candidates
+    assert tune_compile.shares(candidates[:1], 8) == [candidates[:1]]
+    assert tune_compile.shares([], 8) == []
+
+
+def test_a_compiling_process_runs_what_it_is_given():
+    """In the interpreter: 1 says that no candidate ran, which a chunk that is no power of two can not."""
+    pytest.importorskip("triton")
+    codes = []
+    for candidate in ("16,32,1,1", "3,32,1,1"):
+        command = ["-m", "latentcot.kernels.tune_compile", "gated_scan_forward", "1,5,1,16,16", "float32", "cpu"]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run([sys.executable, *command, candidate], env=environment, capture_output=True, timeout=120)
+        codes.append(done.returncode)
+    assert codes == [0, 1]
 
 
 def test_search_keeps_the_present_shape_against_noise():
