@@ -1,12 +1,13 @@
-"""Decay attention in Triton as registered operators: passes of the kernels put together, forward and backward.
+r"""Decay attention in Triton: the passes of the kernels put together, forward and backward.
 
-``torch.ops.latentcot.decay_attention_forward`` and ``_backward`` take plain tensors and numbers, so that
-``torch.compile(fullgraph=True)``, fake tensors and CUDA graphs see one opaque step each. Which kernels run depends on
-the shape of the gates alone: ``triton_scalar.py`` for none, ``[H]`` and ``[B,S,H]``, ``triton_vector.py`` for ``[B,S,H,K]``
-and for HGRN2, where ``bound`` is given and k holds the raw gate.
+Which kernels run depends on the shape of the gates alone: ``triton_scalar.py`` for none, ``[H]`` and ``[B,S,H]``,
+``triton_vector.py`` for ``[B,S,H,K]`` and for HGRN2, where ``bound`` is given and k holds the raw gate.
 
-``reverse`` runs the same operator from right to left, :math:`o_i = s \\sum_{j \\ge i} (q_i \\cdot k_j) \\exp(\\sum_{i<t\\le j} g_t) v_j`: the
-second half of the bidirectional forms.
+``reverse`` runs the operator from right to left, :math:`o_i = s \sum_{j \ge i} (q_i \cdot k_j) \exp(\sum_{i<t\le j} g_t) v_j`: the second
+half of the bidirectional forms.
+
+Eager calls go through an autograd function, compiled ones through ``torch.ops.latentcot.decay_attention_forward`` and
+``_backward``: the compiler sees one opaque step each, and eager calls do not pay for the registration.
 """
 
 from typing import Any
@@ -16,6 +17,147 @@ from torch import Tensor
 
 from latentcot.kernels.decay_attention import triton_scalar, triton_vector
 from latentcot.kernels.launch import WINDOW, flat, sequence_offsets, span_bases, span_count, spans
+
+Kept = tuple[Tensor, Tensor, Tensor, Tensor]  # A, reading rows, writing rows, chunk decays
+
+
+def _even(gates: Tensor | None) -> Tensor | None:
+    return gates if gates is None or gates.dim() == 1 else flat(gates)
+
+
+def forward_passes(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, bound: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool,
+) -> tuple[Tensor, Tensor, Kept | None]:  # fmt: skip
+    """(o, last state float32, what the backward reuses where the gates are vectors)."""
+    q, k, v, gates = flat(q), flat(k), flat(v), _even(gates)
+    B, S, H, K = q.shape
+    V = v.shape[-1]
+    offsets = sequence_offsets(B, S, cu_seqlens, q.device)
+    last = torch.empty(offsets.numel() - 1, H, K, V, dtype=torch.float32, device=q.device)
+    initial = None if initial_state is None else initial_state.contiguous()
+    if bound is None and (gates is None or gates.dim() < 4):
+        o, _, _ = triton_scalar.scalar_pass(
+            q, k, v, gates, offsets, scale=scale, reverse=reverse, scale_write=False, state=initial, last=last
+        )
+        return o, last, None
+    chunk = triton_vector.chunk_length(K, V, q.dtype, q.device)
+    pieces = spans(B, S, cu_seqlens, chunk, q.device)
+    bases = span_bases(B, S, cu_seqlens, chunk, q.device)
+    # from right to left the operator is the transpose of the one from left to right, with q and k exchanged
+    first, second = (k, q) if reverse else (q, k)
+    pairs, read, write, totals = triton_vector.prepare(first, second, gates, bound, pieces, scale, V)
+    a, b = (write, read) if reverse else (read, write)
+    o, _ = triton_vector.recurrence(
+        pairs, a, b, v, totals, offsets, bases, chunk=chunk, reverse=reverse, on_rows=True, transpose_pairs=reverse,
+        state=initial, last=last,
+    )  # fmt: skip
+    return o, last, (pairs, read, write, totals)
+
+
+def backward_passes(
+    do: Tensor, d_last: Tensor | None, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, bound: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, last: Tensor, kept: Kept | None, scale: float, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dq, dk, dv, dgates float32, dbound, d initial state); None where there is none."""
+    q, k, v, do, gates = flat(q), flat(k), flat(v), flat(do.to(v.dtype)), _even(gates)
+    B, S, H, K = q.shape
+    V = v.shape[-1]
+    device = q.device
+    offsets = sequence_offsets(B, S, cu_seqlens, device)
+    d_last = None if d_last is None else d_last.to(torch.float32).contiguous()
+    initial = None if initial_state is None else initial_state.contiguous()
+    d_initial = None if initial is None else torch.empty_like(last)
+
+    def edge(axes: tuple[int, ...]) -> Tensor | None:
+        """What the state at a sequence's end adds to all gate gradients: its overlap with its gradient."""
+        state, gradient = (initial, d_initial) if reverse else (last, d_last)
+        return None if state is None or gradient is None else (state * gradient).sum(axes)
+
+    if bound is None and (gates is None or gates.dim() < 4):
+        common: dict[str, Any] = {"gates": gates, "offsets": offsets, "scale": scale}
+        if gates is None or gates.dim() == 1:
+            windows, of_queries, of_keys = None, {}, {}
+        else:
+            windows = spans(B, S, cu_seqlens, WINDOW, device)
+            stored = torch.empty(windows.shape[0], H, V, K, dtype=torch.float32, device=device)
+            common["bases"] = span_bases(B, S, cu_seqlens, WINDOW, device)
+            of_queries, of_keys = {"own": q, "store": stored}, {"own": k, "compare": stored}
+        dq, of_q, _ = triton_scalar.scalar_pass(
+            do, v, k, reverse=reverse, scale_write=False, state=initial, transposed=True, **of_queries, **common
+        )
+        dv, _, _ = triton_scalar.scalar_pass(
+            k, q, do, reverse=not reverse, scale_write=True, state=d_last, last=d_initial, **common
+        )
+        dk, of_k, carry = triton_scalar.scalar_pass(
+            v, do, q, reverse=not reverse, scale_write=True, state=d_last, transposed=True, **of_keys, **common
+        )
+        dg = None
+        if windows is not None and of_q is not None and of_k is not None and carry is not None:
+            upper, lower = (of_k, of_q) if reverse else (of_q, of_k)
+            dg = triton_scalar.gate_gradient(upper, lower, carry, edge((2, 3)), windows)
+        return dq, dk, dv, dg, None, d_initial
+
+    assert kept is not None
+    pairs, read, write, totals = kept
+    chunk = pairs.shape[-1]
+    windows = spans(B, S, cu_seqlens, triton_vector.WINDOW, device)
+    stored = torch.empty(windows.shape[0], H, V, K, dtype=q.dtype, device=device)
+    along: dict[str, Any] = {
+        "totals": totals, "offsets": offsets, "chunk": chunk, "pieces": span_bases(B, S, cu_seqlens, chunk, device),
+        "bases": span_bases(B, S, cu_seqlens, triton_vector.WINDOW, device),
+    }  # fmt: skip
+    a, b = (read, write) if reverse else (write, read)
+    dv, _ = triton_vector.recurrence(
+        pairs, a, b, do, reverse=not reverse, on_rows=True, transpose_pairs=not reverse, state=d_last, last=d_initial,
+        **along,
+    )  # fmt: skip
+    # right to left: q and k, v and do, the two states exchange their parts
+    left, right = (v, do) if reverse else (do, v)
+    at_start, at_end = (d_last, initial) if reverse else (initial, d_last)
+    first_state, _ = triton_vector.recurrence(
+        None, left, right, write, reverse=False, on_rows=False, state=at_start, transposed=True, store=stored, **along
+    )
+    second_state, carry = triton_vector.recurrence(
+        None, right, left, read, reverse=True, on_rows=False, state=at_end, transposed=True, compare=stored, **along
+    )
+    assert carry is not None
+    first, second = (k, q) if reverse else (q, k)
+    dq, dk, dg, d_bound = triton_vector.gradients(
+        first, second, gates, bound, right, left, first_state, second_state, carry, edge((3,)), windows, scale, chunk
+    )
+    if reverse:
+        dq, dk = dk, dq
+    return dq, dk, dv, dg if bound is None else None, d_bound if bound is not None else None, d_initial
+
+
+class _DecayAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Any, k: Any, v: Any, gates: Any, bound: Any, initial: Any, cu: Any, scale: Any, reverse: Any
+    ):
+        o, last, kept = forward_passes(q, k, v, gates, bound, initial, cu, scale, reverse)
+        ctx.save_for_backward(q, k, v, gates, bound, initial, cu, last, *(kept or ()))
+        ctx.scale, ctx.reverse = scale, reverse
+        ctx.set_materialize_grads(False)
+        return o, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, gates, bound, initial, cu, last, *kept = ctx.saved_tensors
+        do, d_last = grads
+        if do is None:
+            do = torch.zeros_like(v)
+        dq, dk, dv, dg, d_bound, d_initial = backward_passes(
+            do, d_last, q, k, v, gates, bound, initial, cu, last, tuple(kept) or None, ctx.scale, ctx.reverse
+        )
+        return dq, dk, dv, None if dg is None else dg.to(gates.dtype), d_bound, d_initial, None, None, None
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Registered operators return tensors only, and no two of them may share storage."""
+    return like.new_empty(0, dtype=torch.float32) if x is None else x
 
 
 @torch.library.custom_op("latentcot::decay_attention_forward", mutates_args=())
@@ -30,32 +172,9 @@ def _forward(
     scale: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, last state, and what the backward reuses with one gate per channel: A, reading rows, writing rows, decays)."""
-    q, k, v = flat(q), flat(k), flat(v)
-    B, S, H, K = q.shape
-    V = v.shape[-1]
-    offsets = sequence_offsets(B, S, cu_seqlens, q.device)
-    last = torch.empty(offsets.numel() - 1, H, K, V, dtype=torch.float32, device=q.device)
-    initial = None if initial_state is None else initial_state.contiguous()
-    if bound is None and (gates is None or gates.dim() < 4):
-        o, _, _ = triton_scalar.scalar_pass(
-            q, k, v, _even(gates), offsets,
-            scale=scale, reverse=reverse, scale_write=False, state=initial, last=last,
-        )  # fmt: skip
-        return o, last, q.new_empty(0), q.new_empty(0), q.new_empty(0), last.new_empty(0)
-    chunk = triton_vector.chunk_length(K, V, q.dtype, q.device)
-    pieces = spans(B, S, cu_seqlens, chunk, q.device)
-    bases = span_bases(B, S, cu_seqlens, chunk, q.device)
-    pairs, read, write, totals = triton_vector.prepare(q, k, _even(gates), bound, pieces, scale, V, reverse)
-    o, _ = triton_vector.recurrence(
-        pairs, read, write, v, totals, offsets, bases, chunk=chunk, reverse=reverse, on_rows=True,
-        state=initial, last=last,
-    )  # fmt: skip
-    return o, last, pairs, read, write, totals
-
-
-def _even(gates: Tensor | None) -> Tensor | None:
-    return gates if gates is None or gates.dim() == 1 else flat(gates)
+    o, last, kept = forward_passes(q, k, v, gates, bound, initial_state, cu_seqlens, scale, reverse)
+    pairs, read, write, totals = kept or (None, None, None, None)
+    return o, last, _or_empty(pairs, q), _or_empty(read, q), _or_empty(write, q), _or_empty(totals, q)
 
 
 @_forward.register_fake
@@ -63,19 +182,19 @@ def _(q, k, v, gates, bound, initial_state, cu_seqlens, scale, reverse):  # pyri
     B, S, H, K = q.shape
     V = v.shape[-1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o = torch.empty(B, S, H, V, dtype=v.dtype, device=v.device)
-    last = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device)
+    o = v.new_empty(B, S, H, V)
+    last = v.new_empty(N, H, K, V, dtype=torch.float32)
     if bound is None and (gates is None or gates.dim() < 4):
-        return o, last, q.new_empty(0), q.new_empty(0), q.new_empty(0), last.new_empty(0)
+        return o, last, *(_or_empty(None, q) for _ in range(4))
     chunk = triton_vector.chunk_length(K, V, q.dtype, q.device)
-    rows = [torch.empty(B, S, H, width, dtype=q.dtype, device=q.device) for width in (chunk, K, K)]
+    rows = [q.new_empty(B, S, H, width) for width in (chunk, K, K)]
     return o, last, *rows, last.new_empty(span_count(B, S, cu_seqlens, chunk), H, K)
 
 
 @torch.library.custom_op("latentcot::decay_attention_backward", mutates_args=())
 def _backward(
     do: Tensor,
-    d_last: Tensor,
+    d_last: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,87 +210,33 @@ def _backward(
     scale: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dgates float32, dbound, d initial state); absent ones are empty."""
-    q, k, v, do = flat(q), flat(k), flat(v), flat(do.to(v.dtype))
-    B, S, H, K = q.shape
-    V = v.shape[-1]
-    device = q.device
-    offsets = sequence_offsets(B, S, cu_seqlens, device)
-    windows = spans(B, S, cu_seqlens, WINDOW, device)
-    bases = span_bases(B, S, cu_seqlens, WINDOW, device)
-    d_last = d_last.to(torch.float32).contiguous()
-    initial = None if initial_state is None else initial_state.contiguous()
-    d_initial = torch.empty_like(d_last) if initial is not None else None
-    stored = None
-    if bound is not None or (gates is not None and gates.dim() > 1):
-        stored = torch.empty(windows.shape[0], H, V, K, dtype=torch.float32, device=device)
-    gates = _even(gates)
-
-    def empty() -> Tensor:  # outputs must not share storage
-        return d_last.new_empty(0)
-
-    if bound is None and (gates is None or gates.dim() < 4):
-        common: dict[str, Any] = {"gates": gates, "offsets": offsets, "scale": scale, "bases": bases}
-        own_q, own_k = (None, None) if stored is None else (q, k)
-        dq, of_q, _ = triton_scalar.scalar_pass(
-            do, v, k, reverse=reverse, scale_write=False, state=initial, transposed=True, own=own_q, store=stored, **common
-        )
-        dv, _, _ = triton_scalar.scalar_pass(
-            k, q, do, reverse=not reverse, scale_write=True, state=d_last, last=d_initial, **common
-        )
-        dk, of_k, carry = triton_scalar.scalar_pass(
-            v, do, q, reverse=not reverse, scale_write=True, state=d_last, transposed=True, own=own_k, compare=stored,
-            **common,
-        )  # fmt: skip
-        dg = empty()
-        if of_q is not None and of_k is not None and carry is not None:
-            upper, lower = (of_k, of_q) if reverse else (of_q, of_k)
-            dg = triton_scalar.gate_gradient(upper, lower, carry, (last * d_last).sum((2, 3)), windows)
-        return dq, dk, dv, dg, empty(), empty() if d_initial is None else d_initial
-
-    chunk = pairs.shape[-1]
-    chunk_bases = span_bases(B, S, cu_seqlens, chunk, device)
-    along: dict[str, Any] = {"totals": totals, "offsets": offsets, "pieces": chunk_bases, "chunk": chunk, "bases": bases}
-    dv, _ = triton_vector.recurrence(
-        pairs, write, read, do, reverse=not reverse, on_rows=True, transpose_pairs=True, state=d_last, last=d_initial,
-        **along,
-    )  # fmt: skip
-    dq_state, _ = triton_vector.recurrence(
-        None, do, v, write, reverse=reverse, on_rows=False, state=initial, transposed=True, store=stored, **along
-    )
-    dk_state, carry = triton_vector.recurrence(
-        None, v, do, read, reverse=not reverse, on_rows=False, state=d_last, transposed=True, compare=stored, **along
-    )
-    assert carry is not None
-    dq, dk, dg, d_bound = triton_vector.gradients(
-        q, k, gates, bound, v, do, dq_state, dk_state, carry, (last * d_last).sum(3), windows, scale, reverse, chunk
-    )
-    return dq, dk, dv, dg, d_bound if bound is not None else empty(), empty() if d_initial is None else d_initial
+    kept = (pairs, read, write, totals) if pairs.numel() else None
+    found = backward_passes(do, d_last, q, k, v, gates, bound, initial_state, cu_seqlens, last, kept, scale, reverse)
+    dq, dk, dv, dg, d_bound, d_initial = found
+    return dq, dk, dv, _or_empty(dg, q), _or_empty(d_bound, q), _or_empty(d_initial, q)
 
 
 @_backward.register_fake
 def _(do, d_last, q, k, v, gates, bound, initial_state, cu_seqlens, last, pairs, read, write, totals, scale, reverse):  # pyright: ignore
-    def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    def like(x: Tensor | None) -> Tensor:
+        return _or_empty(None, q) if x is None else x.new_empty(x.shape, dtype=torch.float32)
 
-    empty = d_last.new_empty(0, dtype=torch.float32)
-    gated = gates is not None and gates.dim() > 1
+    gated = gates if gates is not None and gates.dim() > 1 else None
     return (
-        like(q), like(k), like(v), like(gates, torch.float32) if gated else empty,
-        empty if bound is None else like(bound, torch.float32),
-        empty if initial_state is None else like(d_last, torch.float32),
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), like(gated), like(bound), like(initial_state)
     )  # fmt: skip
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, gates, bound, initial_state, cu_seqlens, scale, reverse = inputs
-    ctx.save_for_backward(q, k, v, gates, bound, initial_state, cu_seqlens, *output[1:])
-    ctx.scale, ctx.reverse = scale, reverse
-    ctx.set_materialize_grads(True)
+    *tensors, ctx.scale, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, do: Tensor, d_last: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, do: Tensor | None, d_last: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, gates, bound, initial_state, cu_seqlens, last, *kept = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(v)
     dq, dk, dv, dg, d_bound, d_initial = torch.ops.latentcot.decay_attention_backward(
         do, d_last, q, k, v, gates, bound, initial_state, cu_seqlens, last, *kept, ctx.scale, ctx.reverse
     )
@@ -200,13 +265,13 @@ def decay_attention(
     """Same as :func:`latentcot.kernels.decay_attention.reference.decay_attention` for S >= 1; (o, last state float32).
 
     q, k ``[B,S,H,K]``, v ``[B,S,H,V]`` of one 16- or 32-bit dtype, states float32, cu_seqlens ``[N+1]`` on the device of q.
-    ``bound [H,K]`` float32 makes it HGRN2 (``fused.py``). First derivatives only.
+    ``bound [H,K]`` float32 makes it HGRN2 (``fused.py``; not with ``reverse``). First derivatives only.
     """
     if log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad:
-        log_decay = log_decay.expand(q.shape[:3])  # a constant has no gradient of its own; a learned one sums its tokens'
-    if log_decay is not None and log_decay.dim() == 3 and q.stride(-1) == 1 and 0 in log_decay.stride():
-        log_decay = log_decay.contiguous()
-    o, last, *_ = torch.ops.latentcot.decay_attention_forward(
-        q, k, v, log_decay, bound, initial_state, cu_seqlens, scale, reverse
-    )
+        # a constant needs no gradient; a learned one is the sum over its tokens
+        log_decay = log_decay.expand(q.shape[:3]).contiguous()
+    inputs = (q, k, v, log_decay, bound, initial_state, cu_seqlens, scale, reverse)
+    if torch.compiler.is_compiling():
+        return torch.ops.latentcot.decay_attention_forward(*inputs)[:2]
+    o, last = _DecayAttention.apply(*inputs)  # pyright: ignore[reportGeneralTypeIssues]
     return o, last

@@ -78,16 +78,19 @@ def _scalar_kernel(
         overlap += block.to(tl.int64) * T * H + h
     state_at = (n.to(tl.int64) * H + h) * DA * DC
     square = (da < DA)[:, None] & c_inside
+    inner = da[:, None] * DC + dc[None, :]
     if HAS_IN:
-        state = tl.load(s_in + state_at + da[:, None] * in_row + dc[None, :] * in_column, mask=square, other=0.0)
+        state = tl.load(s_in + state_at + (da[:, None] * in_row + dc[None, :] * in_column), mask=square, other=0.0)
     else:
         state = tl.zeros([BA, BC], dtype=tl.float32)
     if REVERSE:
         seen = rows[:, None] <= rows[None, :]
     else:
         seen = rows[:, None] >= rows[None, :]
-    if DECAY == 1:
+    if DECAY == 1:  # the same in every chunk
         per_token = tl.maximum(tl.load(g + h.to(tl.int64) * g_head).to(tl.float32), LOWEST) * LOG2E
+        apart = tl.abs(rows[:, None] - rows[None, :]).to(tl.float32)
+        decays = tl.where(seen, tl.exp2(per_token * apart), 0.0)
     chunks = tl.cdiv(end - start, C).to(tl.int32)
     if WINDOWS > 0:
         base = tl.load(bases + n)
@@ -102,44 +105,62 @@ def _scalar_kernel(
         if WINDOWS == 1 and not REVERSE:
             if chunk % CHUNKS_A_WINDOW == 0:
                 at = ((base + chunk // CHUNKS_A_WINDOW) * H + h) * DA * DC
-                tl.store(stored + at + da[:, None] * DC + dc[None, :], state, mask=square)
+                tl.store(stored + at + inner, state, mask=square)
         if WINDOWS == 2 and not REVERSE:
             if chunk % CHUNKS_A_WINDOW == 0:
                 at = (base + chunk // CHUNKS_A_WINDOW) * H + h
-                other = tl.load(stored + at * DA * DC + da[:, None] * DC + dc[None, :], mask=square, other=0.0)
+                other = tl.load(stored + at * DA * DC + inner, mask=square, other=0.0)
                 tl.store(carry + at * tl.num_programs(0) + block, tl.sum(state * other))
         a_rows = tl.load(a + t[:, None] * a_token, mask=row & a_inside, other=0.0)
         b_rows = tl.load(b + t[:, None] * b_token, mask=row & a_inside, other=0.0)
         c_rows = tl.load(c + t[:, None] * c_token, mask=row & c_inside, other=0.0)
         weights = tl.dot(a_rows, tl.trans(b_rows), input_precision=PRECISION) * scale
+        y = tl.dot(a_rows, state.to(a_rows.dtype), input_precision=PRECISION)
+        if OVERLAP and a_rows.dtype != tl.float32:
+            rest = (state - state.to(a_rows.dtype).to(tl.float32)).to(a_rows.dtype)
+            y = tl.dot(a_rows, rest, acc=y, input_precision=PRECISION)
         if DECAY == 0:
             weights = tl.where(seen, weights, 0.0)
-            y = tl.dot(a_rows, state.to(a_rows.dtype), input_precision=PRECISION)
             if not SCALE_WRITE:
                 y *= scale
             written = c_rows
         else:
             if DECAY == 1:
-                gates = tl.where(valid, per_token, 0.0).to(GATE)
+                count = tl.minimum(end - start - chunk.to(tl.int64) * C, C).to(tl.int32)
+                up_to = tl.exp2(per_token * (rows + 1).to(tl.float32))
+                after = tl.exp2(per_token * tl.maximum(count - 1 - rows, 0).to(tl.float32))
+                total = tl.exp2(per_token * count.to(tl.float32))
+                weights *= decays
             else:
                 gates = tl.load(g + t * g_token + h.to(tl.int64) * g_head, mask=valid, other=0.0).to(tl.float32)
                 gates = tl.maximum(gates, LOWEST).to(GATE) * LOG2E
-            sums = tl.cumsum(gates, 0)
-            total = tl.sum(gates, 0)
+                sums = tl.cumsum(gates, 0)
+                whole = tl.sum(gates, 0)
+                up_to = tl.exp2(sums.to(tl.float32))
+                after = tl.exp2((whole - sums).to(tl.float32))
+                total = tl.exp2(whole.to(tl.float32))
+                if REVERSE:
+                    between = sums[None, :] - sums[:, None]
+                else:
+                    between = sums[:, None] - sums[None, :]
+                weights *= tl.where(seen, tl.exp2(tl.where(seen, between, 0.0).to(tl.float32)), 0.0)
             if REVERSE:
-                between = sums[None, :] - sums[:, None]
-                read = tl.exp2((total - sums).to(tl.float32))
-                write = tl.exp2(sums.to(tl.float32))
+                read = after
+                write = up_to
             else:
-                between = sums[:, None] - sums[None, :]
-                read = tl.exp2(sums.to(tl.float32))
-                write = tl.exp2((total - sums).to(tl.float32))
-            weights *= tl.where(seen, tl.exp2(tl.where(seen, between, 0.0).to(tl.float32)), 0.0)
+                read = up_to
+                write = after
             if not SCALE_WRITE:
                 read *= scale
-            y = tl.dot(a_rows, state.to(a_rows.dtype), input_precision=PRECISION) * read[:, None]
+            y *= read[:, None]
             written = (c_rows * write[:, None]).to(c_rows.dtype)
-            state *= tl.exp2(total.to(tl.float32))
+            state *= total
+        if OVERLAP:
+            # row dots of own and y from unrounded weights: what cancels between q·dq and k·dk then cancels exactly
+            mine = tl.load(own + t[:, None] * own_token, mask=row & c_inside, other=0.0)
+            products = tl.dot(mine, tl.trans(c_rows), input_precision=PRECISION)
+            dots = tl.sum(weights * products, 1) + tl.sum(mine.to(tl.float32) * y, 1)
+            tl.store(overlap + t * H, dots, mask=valid)
         y = tl.dot(weights.to(c_rows.dtype), c_rows, acc=y, input_precision=PRECISION)
         added = tl.dot(tl.trans(b_rows), written, input_precision=PRECISION)
         if SCALE_WRITE:
@@ -147,20 +168,17 @@ def _scalar_kernel(
         else:
             state += added
         tl.store(out + t[:, None] * (H * DC), y.to(out.dtype.element_ty), mask=row & c_inside)
-        if OVERLAP:
-            mine = tl.load(own + t[:, None] * own_token, mask=row & c_inside, other=0.0).to(tl.float32)
-            tl.store(overlap + t * H, tl.sum(mine * y, 1), mask=valid)
         if WINDOWS == 1 and REVERSE:
             if chunk % CHUNKS_A_WINDOW == 0:
                 at = ((base + chunk // CHUNKS_A_WINDOW) * H + h) * DA * DC
-                tl.store(stored + at + da[:, None] * DC + dc[None, :], state, mask=square)
+                tl.store(stored + at + inner, state, mask=square)
         if WINDOWS == 2 and REVERSE:
             if chunk % CHUNKS_A_WINDOW == 0:
                 at = (base + chunk // CHUNKS_A_WINDOW) * H + h
-                other = tl.load(stored + at * DA * DC + da[:, None] * DC + dc[None, :], mask=square, other=0.0)
+                other = tl.load(stored + at * DA * DC + inner, mask=square, other=0.0)
                 tl.store(carry + at * tl.num_programs(0) + block, tl.sum(state * other))
     if HAS_OUT:
-        tl.store(s_out + state_at + da[:, None] * DC + dc[None, :], state, mask=square)
+        tl.store(s_out + state_at + inner, state, mask=square)
 
 
 def default_launch(DA: int, DC: int, dtype: torch.dtype) -> Launch:
@@ -202,7 +220,12 @@ def scalar_pass(
     B, S, H, DA = a.shape
     DC = c.shape[-1]
     N = offsets.numel() - 1
-    shape = launch_shape("decay_forward", DA, DC, a.dtype, a.device, default_launch(DA, DC, a.dtype))
+    default = default_launch(DA, DC, a.dtype)
+    if own is None:
+        shape = launch_shape("decay_forward", DA, DC, a.dtype, a.device, default)
+    else:  # three more tiles in registers
+        default = default._replace(block=min(default.block, 32))
+        shape = launch_shape("decay_overlap", DA, DC, a.dtype, a.device, default)
     blocks = triton.cdiv(DC, shape.block)
     out = torch.empty(B, S, H, DC, dtype=out_dtype or c.dtype, device=c.device)
     overlap = None if own is None else torch.empty(blocks, B, S, H, dtype=torch.float32, device=c.device)

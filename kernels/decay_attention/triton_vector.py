@@ -13,7 +13,7 @@ Four kernels share the work:
   :math:`\hat k = k e^{G_C - G}` and the chunk's decay :math:`e^{G_C}`;
 * :func:`recurrence`, along the sequence: :math:`Y = W C + A S`, :math:`S' = e^{G_C} S + B^\top C`. It makes o from
   :math:`(A, \hat q, \hat k, v)`, dv from :math:`(A^\top, \hat k, \hat q, do)`, and the parts of dq and dk that pass through the state;
-* :func:`gradients`, parallel over windows of 256 tokens: the parts of dq and dk inside chunks, and
+* :func:`gradients`, parallel over windows of 64 tokens: the parts of dq and dk inside chunks, and
   :math:`dg_t = \sum_{t' \ge t} (q \odot dq - k \odot dk)_{t'}`, where the sum beyond the window is the row sum of S ⊙ dS at its end.
 
 HGRN2 runs on the same kernels: with ``lower_bound`` given, "k" holds the raw gate f, and q, k and g are made on the
@@ -27,10 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentcot.kernels.launch import WINDOW, Launch, launch_shape, power_of_two
+from latentcot.kernels.launch import Launch, launch_shape, power_of_two
 
+# tokens between two states of which the overlap is taken: rounding errors of a gate gradient add up no further
+WINDOW = 64
 LOWEST = tl.constexpr(-200.0)  # in base 2: exp2 of it is zero in float32
 LOG2E = tl.constexpr(1.4426950408889634)
+GROUP = 64
+# decay of a chunk, in base 2, up to which rows may be scaled from its middle: factors up to 2^60 on either side
+SPREAD = tl.constexpr(120.0)
 
 
 @triton.jit
@@ -46,8 +51,20 @@ def hgrn_gate(f, bound):
     log1p_small = tl.where(small < 0.02, _log1p_small(small), tl.log(1.0 + small))
     log_sigmoid = tl.minimum(f, 0.0) - log1p_small
     key = (1.0 - bound) * tl.where(f > 0, small, 1.0) / (1.0 + small)
-    log_alpha = tl.where(key < 0.02, _log1p_small(-key), tl.log(tl.maximum(1.0 - key, 1e-38)))
+    log_alpha = tl.where(key < 0.02, _log1p_small(-key), tl.log(tl.maximum(1.0 - key, 1e-30)))
     return tl.where(bound > 0, log_alpha, log_sigmoid), key
+
+
+@triton.jit
+def _halves(i, j, bits):
+    """Blocks of 2^(bits+1) tokens split in halves: (token i is in a right half, gates j that lie between i and the
+    midpoint, tokens i and j are in different halves of one block).
+    """
+    right = (i >> bits) % 2 == 1
+    edge = tl.where(right, i >> bits, (i >> bits) + 1) << bits  # where the right half of the token's block begins
+    between = tl.where(right, (j >= edge) & (j <= i), (j > i) & (j < edge))
+    pair = (i >> (bits + 1) == j >> (bits + 1)) & (right != ((j >> bits) % 2 == 1))
+    return right, between, pair
 
 
 @triton.jit
@@ -68,71 +85,98 @@ def _load_rows(
 
 
 @triton.jit
-def _prepare_kernel(
-    q, k, g, bound, pairs, read, write, totals, spans, scale, H, K,
+def _prepare_tile(
+    piece, h, q, k, g, bound, pairs, read, write, totals, wide_spread, spans, scale, H, K,
     q_token, q_head, k_token, k_head, g_token, g_head,
+    EXACT: tl.constexpr, HGRN2: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    SUMS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    start = tl.load(spans + piece * 4)
+    end = tl.load(spans + piece * 4 + 1)
+    rows = tl.arange(0, C)
+    t = start + rows
+    valid = t < end
+    i = rows[:, None]
+    j = rows[None, :]
+    acc = tl.zeros([C, C], dtype=tl.float32)
+    dtype = read.dtype.element_ty
+    most = 0.0
+    for k0 in range(0, K, BK):
+        dk = k0 + tl.arange(0, BK)
+        mask = valid[:, None] & (dk < K)[None, :]
+        low = 0.0
+        if HGRN2:
+            low = tl.load(bound + h * K + dk, mask=dk < K, other=0.0).to(tl.float32)[None, :]
+        q_rows, k_rows, gates = _load_rows(
+            q, k, g, bound,
+            t[:, None] * q_token + h * q_head + dk[None, :], t[:, None] * k_token + h * k_head + dk[None, :],
+            t[:, None] * g_token + h * g_head + dk[None, :], low, mask, HGRN2,
+        )  # fmt: skip
+        summed = gates.to(SUMS)
+        total = tl.sum(gates, 0)
+        at = t[:, None] * (H * K) + h * K + dk[None, :]
+        if EXACT:
+            before = tl.exp2(tl.dot((j <= i).to(SUMS), summed, input_precision=PRECISION))
+            behind = tl.exp2(tl.dot((j > i).to(SUMS), summed, input_precision=PRECISION))
+            tl.store(read + at, (q_rows * before * scale).to(dtype), mask=mask)
+            tl.store(write + at, (k_rows * behind).to(dtype), mask=mask)
+            own = tl.dot(q_rows.to(dtype), tl.trans(k_rows.to(dtype)), input_precision=PRECISION)
+            acc += tl.where(i == j, own, 0.0)
+            for bits in range(LEVELS):  # a real loop: unrolled levels do not fit the registers
+                right, between, pair = _halves(i, j, bits)
+                factor = tl.exp2(tl.dot(between.to(SUMS), summed, input_precision=PRECISION))
+                reader = tl.where(right, q_rows * factor, 0.0).to(dtype)
+                source = tl.where(right, 0.0, k_rows * factor).to(dtype)
+                product = tl.dot(reader, tl.trans(source), input_precision=PRECISION)
+                acc += tl.where(pair, product, 0.0)
+        else:
+            tl.store(totals + (piece.to(tl.int64) * H + h) * K + dk, tl.exp2(total), mask=dk < K)
+            most = tl.minimum(most, tl.min(total))
+            first = tl.sum(tl.where(i < C // 2, gates, 0.0), 0)
+            exponent = tl.cumsum(gates, 0) - first[None, :]
+            q_rows *= tl.exp2(exponent)
+            k_rows *= tl.exp2(-exponent)
+            product = tl.dot(q_rows.to(OPERAND), tl.trans(k_rows.to(OPERAND)), input_precision=FAST)
+            acc += tl.where(i >= j, product, 0.0)
+            tl.store(read + at, (q_rows * (tl.exp2(first) * scale)[None, :]).to(dtype), mask=mask)
+            tl.store(write + at, (k_rows * tl.exp2(total - first)[None, :]).to(dtype), mask=mask)
+    tl.store(pairs + t[:, None] * (H * C) + h * C + j, (acc * scale).to(dtype), mask=valid[:, None])
+    if not EXACT:
+        tl.store(wide_spread + piece * H + h, (most < -SPREAD).to(tl.int32))
+
+
+@triton.jit
+def _prepare_kernel(
+    q, k, g, bound, pairs, read, write, totals, wide_spread, spans, scale, H, K,
+    q_token, q_head, k_token, k_head, g_token, g_head, pieces,
+    EXACT: tl.constexpr,
     HGRN2: tl.constexpr,
-    REVERSE: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
     SUMS: tl.constexpr,  # dtype in which gates are summed: float16 is finer than bfloat16 where gates matter
+    OPERAND: tl.constexpr,  # dtype of rows scaled from the middle: float16 is too narrow for them
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0)
-    h = tl.program_id(1).to(tl.int64)
-    start = tl.load(spans + piece * 4)
-    end = tl.load(spans + piece * 4 + 1)
-    if end > start:
-        rows = tl.arange(0, C)
-        t = start + rows
-        valid = t < end
-        i = rows[:, None]
-        j = rows[None, :]
-        acc = tl.zeros([C, C], dtype=tl.float32)
-        up_to = (j <= i).to(SUMS)
-        after = (j > i).to(SUMS)
-        dtype = read.dtype.element_ty
-        for k0 in range(0, K, BK):
-            dk = k0 + tl.arange(0, BK)
-            mask = valid[:, None] & (dk < K)[None, :]
-            low = 0.0
-            if HGRN2:
-                low = tl.load(bound + h * K + dk, mask=dk < K, other=0.0).to(tl.float32)[None, :]
-            q_rows, k_rows, gates = _load_rows(
-                q, k, g, bound,
-                t[:, None] * q_token + h * q_head + dk[None, :], t[:, None] * k_token + h * k_head + dk[None, :],
-                t[:, None] * g_token + h * g_head + dk[None, :], low, mask, HGRN2,
-            )  # fmt: skip
-            summed = gates.to(SUMS)
-            before = tl.exp2(tl.dot(up_to, summed, input_precision=PRECISION))
-            behind = tl.exp2(tl.dot(after, summed, input_precision=PRECISION))
-            at = t[:, None] * (H * K) + h * K + dk[None, :]
-            if REVERSE:
-                tl.store(read + at, (q_rows * behind * scale).to(dtype), mask=mask)
-                tl.store(write + at, (k_rows * before).to(dtype), mask=mask)
-            else:
-                tl.store(read + at, (q_rows * before * scale).to(dtype), mask=mask)
-                tl.store(write + at, (k_rows * behind).to(dtype), mask=mask)
-            total = tl.exp2(tl.sum(summed.to(tl.float32), 0))
-            tl.store(totals + (piece.to(tl.int64) * H + h) * K + dk, total, mask=dk < K)
-            own = tl.dot(q_rows.to(dtype), tl.trans(k_rows.to(dtype)), input_precision=PRECISION)
-            acc += tl.where(i == j, own, 0.0)
-            for level in tl.static_range(LEVELS):
-                half: tl.constexpr = C >> (level + 1)
-                right = (i // half) % 2 == 1
-                edge = tl.where(right, i // half * half, (i // half + 1) * half)
-                between = tl.where(right, (j >= edge) & (j <= i), (j > i) & (j < edge)).to(SUMS)
-                factor = tl.exp2(tl.dot(between, summed, input_precision=PRECISION))
-                if REVERSE:
-                    reader = tl.where(right, 0.0, q_rows * factor).to(dtype)
-                    source = tl.where(right, k_rows * factor, 0.0).to(dtype)
-                else:
-                    reader = tl.where(right, q_rows * factor, 0.0).to(dtype)
-                    source = tl.where(right, 0.0, k_rows * factor).to(dtype)
-                product = tl.dot(reader, tl.trans(source), input_precision=PRECISION)
-                acc += tl.where(i // (2 * half) == j // (2 * half), product, 0.0)
-        tl.store(pairs + t[:, None] * (H * C) + h * C + j, (acc * scale).to(dtype), mask=valid[:, None])
+    if EXACT:  # a program looks at a group of chunks and works on the few that need it
+        group = tl.program_id(0) * GROUP
+        index = group + tl.arange(0, GROUP)
+        if tl.max(tl.load(wide_spread + index, mask=index < pieces * H, other=0)) > 0:
+            for each in range(group, tl.minimum(group + GROUP, pieces * H)):
+                if tl.load(wide_spread + each) > 0:
+                    _prepare_tile(
+                        each // H, (each % H).to(tl.int64), q, k, g, bound, pairs, read, write, totals, wide_spread,
+                        spans, scale, H, K, q_token, q_head, k_token, k_head, g_token, g_head,
+                        EXACT, HGRN2, C, LEVELS, BK, SUMS, OPERAND, PRECISION, FAST,
+                    )  # fmt: skip
+    else:
+        _prepare_tile(
+            tl.program_id(0), tl.program_id(1).to(tl.int64), q, k, g, bound, pairs, read, write, totals, wide_spread,
+            spans, scale, H, K, q_token, q_head, k_token, k_head, g_token, g_head,
+            EXACT, HGRN2, C, LEVELS, BK, SUMS, OPERAND, PRECISION, FAST,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -168,8 +212,9 @@ def _recurrence_kernel(
     out += h * DC + dc[None, :]
     state_at = (n.to(tl.int64) * H + h) * DA * DC
     square = (da < DA)[:, None] & c_inside
+    inner = da[:, None] * DC + dc[None, :]
     if HAS_IN:
-        state = tl.load(s_in + state_at + da[:, None] * in_row + dc[None, :] * in_column, mask=square, other=0.0)
+        state = tl.load(s_in + state_at + (da[:, None] * in_row + dc[None, :] * in_column), mask=square, other=0.0)
     else:
         state = tl.zeros([BA, BC], dtype=tl.float32)
     if WINDOWS > 0:
@@ -187,9 +232,9 @@ def _recurrence_kernel(
             if chunk % CHUNKS_A_WINDOW == 0:
                 at = (base + chunk // CHUNKS_A_WINDOW) * H + h
                 if WINDOWS == 1:
-                    tl.store(stored + at * DA * DC + da[:, None] * DC + dc[None, :], state, mask=square)
+                    tl.store(stored + at * DA * DC + inner, state.to(stored.dtype.element_ty), mask=square)
                 else:
-                    other = tl.load(stored + at * DA * DC + da[:, None] * DC + dc[None, :], mask=square, other=0.0)
+                    other = tl.load(stored + at * DA * DC + inner, mask=square, other=0.0)
                     tl.store(carry + at * DC + dc, tl.sum(state * other, 0), mask=dc < DC)
         a_rows = tl.load(a + t[:, None] * a_token, mask=row & a_inside, other=0.0)
         b_rows = tl.load(b + t[:, None] * b_token, mask=row & a_inside, other=0.0)
@@ -213,136 +258,169 @@ def _recurrence_kernel(
             if chunk % CHUNKS_A_WINDOW == 0:
                 at = (base + chunk // CHUNKS_A_WINDOW) * H + h
                 if WINDOWS == 1:
-                    tl.store(stored + at * DA * DC + da[:, None] * DC + dc[None, :], state, mask=square)
+                    tl.store(stored + at * DA * DC + inner, state.to(stored.dtype.element_ty), mask=square)
                 else:
-                    other = tl.load(stored + at * DA * DC + da[:, None] * DC + dc[None, :], mask=square, other=0.0)
+                    other = tl.load(stored + at * DA * DC + inner, mask=square, other=0.0)
                     tl.store(carry + at * DC + dc, tl.sum(state * other, 0), mask=dc < DC)
     if HAS_OUT:
-        tl.store(s_out + state_at + da[:, None] * DC + dc[None, :], state, mask=square)
+        tl.store(s_out + state_at + inner, state, mask=square)
 
 
 @triton.jit
-def _gradients_kernel(
-    q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, spans, scale, H, K, V,
+def _gradients_window(
+    block, piece, h,
+    q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
     q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
+    EXACT: tl.constexpr,
     HGRN2: tl.constexpr,
-    REVERSE: tl.constexpr,
     HAS_EDGE: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    WINDOW: tl.constexpr,
     SUMS: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(1).to(tl.int64)
-    h = tl.program_id(2).to(tl.int64)
     begin = tl.load(spans + piece * 4)
     end = tl.load(spans + piece * 4 + 1)
-    if end > begin:
-        n = tl.load(spans + piece * 4 + 2)
-        final = tl.load(spans + piece * 4 + 3)
-        rows = tl.arange(0, C)
-        i = rows[:, None]
-        j = rows[None, :]
-        channel = tl.program_id(0) * BK + tl.arange(0, BK)
-        inside = channel < K
-        dtype = q.dtype.element_ty
-        up_to = (j <= i).to(SUMS)
-        after = (j > i).to(SUMS)
-        low = 0.0
+    n = tl.load(spans + piece * 4 + 2)
+    final = tl.load(spans + piece * 4 + 3)
+    rows = tl.arange(0, C)
+    i = rows[:, None]
+    j = rows[None, :]
+    channel = block * BK + tl.arange(0, BK)
+    inside = channel < K
+    dtype = q.dtype.element_ty
+    low = 0.0
+    if HGRN2:
+        low = tl.load(bound + h * K + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    beyond = tl.zeros([BK], dtype=tl.float32)  # what later tokens add to every gate gradient
+    if final == 0:
+        beyond += tl.load(carry + ((piece + 1) * H + h) * K + channel, mask=inside, other=0.0)
+    elif HAS_EDGE:
+        beyond += tl.load(edge + (n * H + h) * K + channel, mask=inside, other=0.0)
+    bound_sum = tl.zeros([BK], dtype=tl.float32)
+    most = 0.0
+    chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    for step in range(chunks):
+        t = begin + (chunks - 1 - step).to(tl.int64) * C + rows
+        valid = t < end
+        mask = valid[:, None] & inside[None, :]
+        direct = tl.zeros([C, C], dtype=tl.float32)
+        across = tl.zeros([C, C], dtype=tl.float32)  # its transpose, formed on its own
+        for v0 in range(0, V, BV):
+            dv = v0 + tl.arange(0, BV)
+            wide = valid[:, None] & (dv < V)[None, :]
+            v_rows = tl.load(v + t[:, None] * v_token + h * v_head + dv[None, :], mask=wide, other=0.0)
+            do_rows = tl.load(do + t[:, None] * do_token + h * do_head + dv[None, :], mask=wide, other=0.0)
+            direct = tl.dot(do_rows, tl.trans(v_rows), acc=direct, input_precision=PRECISION)
+            across = tl.dot(v_rows, tl.trans(do_rows), acc=across, input_precision=PRECISION)
+        direct *= scale
+        across *= scale
+        q_rows, k_rows, gates = _load_rows(
+            q, k, g, bound,
+            t[:, None] * q_token + h * q_head + channel[None, :],
+            t[:, None] * k_token + h * k_head + channel[None, :],
+            t[:, None] * g_token + h * g_head + channel[None, :], low, mask, HGRN2,
+        )  # fmt: skip
+        summed = gates.to(SUMS)
+        total = tl.sum(gates, 0)
+        at = t[:, None] * (H * K) + h * K + channel[None, :]
+        dq_rows = tl.load(dq_state + at, mask=mask, other=0.0).to(tl.float32) * scale
+        dk_rows = tl.load(dk_state + at, mask=mask, other=0.0).to(tl.float32)
+        own = tl.sum(tl.where(i == j, direct, 0.0), 1)[:, None]
+        if EXACT:
+            dq_rows *= tl.exp2(tl.dot((j <= i).to(SUMS), summed, input_precision=PRECISION))
+            dk_rows *= tl.exp2(tl.dot((j > i).to(SUMS), summed, input_precision=PRECISION))
+            for bits in range(LEVELS):
+                right, between, pair = _halves(i, j, bits)
+                factor = tl.exp2(tl.dot(between.to(SUMS), summed, input_precision=PRECISION))
+                inner = tl.where(pair, tl.where(right, direct, across), 0.0)
+                z = tl.where(right, q_rows, k_rows) * factor
+                dz = tl.dot(inner.to(dtype), z.to(dtype), input_precision=PRECISION) * factor
+                dq_rows += tl.where(right, dz, 0.0)
+                dk_rows += tl.where(right, 0.0, dz)
+        else:
+            most = tl.minimum(most, tl.min(total))
+            first = tl.sum(tl.where(i < C // 2, gates, 0.0), 0)
+            exponent = tl.cumsum(gates, 0) - first[None, :]
+            late = tl.exp2(exponent)
+            early = tl.exp2(-exponent)
+            inner = tl.where(i > j, direct, 0.0).to(OPERAND)
+            dq_rows *= tl.exp2(first)[None, :]
+            dq_rows = tl.dot(inner, (k_rows * early).to(OPERAND), acc=dq_rows, input_precision=FAST) * late
+            inner = tl.where(i < j, across, 0.0).to(OPERAND)
+            dk_rows *= tl.exp2(total - first)[None, :]
+            dk_rows = tl.dot(inner, (q_rows * late).to(OPERAND), acc=dk_rows, input_precision=FAST) * early
+        x = q_rows * dq_rows - k_rows * dk_rows
+        dq_rows += own * k_rows
+        dk_rows += own * q_rows
+        whole = tl.sum(x, 0)
+        dg_rows = whole[None, :] - tl.cumsum(x, 0) + x + beyond[None, :]
+        beyond += whole
         if HGRN2:
-            low = tl.load(bound + h * K + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-        beyond = tl.zeros([BK], dtype=tl.float32)  # what later tokens add to every gate gradient
-        if final == 0:
-            beyond += tl.load(carry + ((piece + 1) * H + h) * K + channel, mask=inside, other=0.0)
-        elif HAS_EDGE:
-            beyond += tl.load(edge + (n * H + h) * K + channel, mask=inside, other=0.0)
-        bound_sum = tl.zeros([BK], dtype=tl.float32)
-        chunks = tl.cdiv(end - begin, C).to(tl.int32)
-        for step in range(chunks):
-            t = begin + (chunks - 1 - step).to(tl.int64) * C + rows
-            valid = t < end
-            mask = valid[:, None] & inside[None, :]
-            direct = tl.zeros([C, C], dtype=tl.float32)
-            across = tl.zeros([C, C], dtype=tl.float32)
-            for v0 in range(0, V, BV):
-                dv = v0 + tl.arange(0, BV)
-                wide = valid[:, None] & (dv < V)[None, :]
-                v_rows = tl.load(v + t[:, None] * v_token + h * v_head + dv[None, :], mask=wide, other=0.0)
-                do_rows = tl.load(do + t[:, None] * do_token + h * do_head + dv[None, :], mask=wide, other=0.0)
-                direct = tl.dot(do_rows, tl.trans(v_rows), acc=direct, input_precision=PRECISION)
-                across = tl.dot(v_rows, tl.trans(do_rows), acc=across, input_precision=PRECISION)
-            q_rows, k_rows, gates = _load_rows(
-                q, k, g, bound,
-                t[:, None] * q_token + h * q_head + channel[None, :],
-                t[:, None] * k_token + h * k_head + channel[None, :],
-                t[:, None] * g_token + h * g_head + channel[None, :], low, mask, HGRN2,
-            )  # fmt: skip
-            summed = gates.to(SUMS)
-            before = tl.exp2(tl.dot(up_to, summed, input_precision=PRECISION))
-            behind = tl.exp2(tl.dot(after, summed, input_precision=PRECISION))
-            at = t[:, None] * (H * K) + h * K + channel[None, :]
-            through_q = tl.load(dq_state + at, mask=mask, other=0.0).to(tl.float32) * scale
-            through_k = tl.load(dk_state + at, mask=mask, other=0.0).to(tl.float32)
-            if REVERSE:
-                dq_rows = through_q * behind
-                dk_rows = through_k * before
-            else:
-                dq_rows = through_q * before
-                dk_rows = through_k * behind
-            own = tl.sum(tl.where(i == j, direct, 0.0), 1)[:, None] * scale
-            for level in tl.static_range(LEVELS):
-                half: tl.constexpr = C >> (level + 1)
-                right = (i // half) % 2 == 1
-                edge_row = tl.where(right, i // half * half, (i // half + 1) * half)
-                between = tl.where(right, (j >= edge_row) & (j <= i), (j > i) & (j < edge_row)).to(SUMS)
-                factor = tl.exp2(tl.dot(between, summed, input_precision=PRECISION))
-                pair = (i // (2 * half) == j // (2 * half)) & (right != ((j // half) % 2 == 1))
-                if REVERSE:
-                    d_pairs = tl.where(right, across, direct)
-                    z = tl.where(right, k_rows, q_rows) * factor
-                else:
-                    d_pairs = tl.where(right, direct, across)
-                    z = tl.where(right, q_rows, k_rows) * factor
-                d_pairs = tl.where(pair, d_pairs, 0.0) * scale
-                dz = tl.dot(d_pairs.to(dtype), z.to(dtype), input_precision=PRECISION) * factor
-                if REVERSE:
-                    dq_rows += tl.where(right, 0.0, dz)
-                    dk_rows += tl.where(right, dz, 0.0)
-                else:
-                    dq_rows += tl.where(right, dz, 0.0)
-                    dk_rows += tl.where(right, 0.0, dz)
-            if REVERSE:
-                x = k_rows * dk_rows - q_rows * dq_rows
-            else:
-                x = q_rows * dq_rows - k_rows * dk_rows
-            dq_rows += own * k_rows
-            dk_rows += own * q_rows
-            whole = tl.sum(x, 0)
-            dg_rows = whole[None, :] - tl.cumsum(x, 0) + x + beyond[None, :]
-            beyond += whole
-            if HGRN2:
-                alpha = tl.exp2(gates)
-                dg_rows -= alpha * dk_rows
-                raw_q = tl.load(q + t[:, None] * q_token + h * q_head + channel[None, :], mask=mask, other=0.0)
-                gate = 1.0 / (1.0 + tl.exp(-raw_q.to(tl.float32)))
-                dq_rows *= gate * (1.0 + raw_q.to(tl.float32) * (1.0 - gate))
-                f = tl.load(k + t[:, None] * k_token + h * k_head + channel[None, :], mask=mask, other=0.0)
-                away = tl.exp(-tl.abs(f.to(tl.float32)))
-                negative = tl.where(f > 0, away, 1.0) / (1.0 + away)  # sigmoid(-f)
-                # without a bound alpha = sigmoid(f) and the ratio is 1; sigmoid(f)/alpha never divides small by small
-                positive = tl.where(low > 0, (1.0 - negative) / tl.maximum(alpha, 1e-38), 1.0)
-                tl.store(dk + at, (dg_rows * (1.0 - low) * negative * positive).to(dk.dtype.element_ty), mask=mask)
-                per_bound = dg_rows * negative / tl.maximum(alpha, 1e-30)
-                bound_sum += tl.sum(tl.where(mask, per_bound, 0.0), 0)
-            else:
-                tl.store(dk + at, dk_rows.to(dk.dtype.element_ty), mask=mask)
-                tl.store(dg + at, dg_rows.to(dg.dtype.element_ty), mask=mask)
-            tl.store(dq + at, dq_rows.to(dq.dtype.element_ty), mask=mask)
-        if HGRN2:
-            tl.store(dbound + (piece * H + h) * K + channel, bound_sum, mask=inside)
+            alpha = tl.exp2(gates)
+            dg_rows -= alpha * dk_rows
+            raw_q = tl.load(q + t[:, None] * q_token + h * q_head + channel[None, :], mask=mask, other=0.0)
+            gate = 1.0 / (1.0 + tl.exp(-raw_q.to(tl.float32)))
+            dq_rows *= gate * (1.0 + raw_q.to(tl.float32) * (1.0 - gate))
+            f = tl.load(k + t[:, None] * k_token + h * k_head + channel[None, :], mask=mask, other=0.0)
+            away = tl.exp(-tl.abs(f.to(tl.float32)))
+            negative = tl.where(f > 0, away, 1.0) / (1.0 + away)  # sigmoid(-f)
+            # without a bound alpha is sigmoid(f): their ratio is 1, and small is never divided by small
+            ratio = tl.where(low > 0, (1.0 - negative) / tl.maximum(alpha, 1e-30), 1.0)
+            tl.store(dk + at, (dg_rows * (1.0 - low) * negative * ratio).to(dk.dtype.element_ty), mask=mask)
+            per_bound = dg_rows * negative / tl.maximum(alpha, 1e-30)
+            bound_sum += tl.sum(tl.where(mask, per_bound, 0.0), 0)
+        else:
+            tl.store(dk + at, dk_rows.to(dk.dtype.element_ty), mask=mask)
+            tl.store(dg + at, dg_rows.to(dg.dtype.element_ty), mask=mask)
+        tl.store(dq + at, dq_rows.to(dq.dtype.element_ty), mask=mask)
+    if HGRN2:
+        tl.store(dbound + (piece * H + h) * K + channel, bound_sum, mask=inside)
+    if not EXACT:
+        tl.store(wide_spread + (piece * H + h) * blocks + block, (most < -SPREAD).to(tl.int32))
+
+
+@triton.jit
+def _gradients_kernel(
+    q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+    q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head, windows,
+    EXACT: tl.constexpr,
+    HGRN2: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SUMS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    if EXACT:
+        group = tl.program_id(0) * GROUP
+        count = windows * H * blocks
+        index = group + tl.arange(0, GROUP)
+        if tl.max(tl.load(wide_spread + index, mask=index < count, other=0)) > 0:
+            for each in range(group, tl.minimum(group + GROUP, count)):
+                if tl.load(wide_spread + each) > 0:
+                    _gradients_window(
+                        each % blocks, (each // blocks // H).to(tl.int64), (each // blocks % H).to(tl.int64),
+                        q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+                        q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
+                        EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST,
+                    )  # fmt: skip
+    else:
+        _gradients_window(
+            tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64),
+            q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+            q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
+            EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST,
+        )  # fmt: skip
 
 
 def default_pairs(K: int, V: int, dtype: torch.dtype) -> Launch:
@@ -365,8 +443,15 @@ def chunk_length(K: int, V: int, dtype: torch.dtype, device: torch.device) -> in
     return launch_shape("decay_pairs", K, V, dtype, device, default_pairs(K, V, dtype)).chunk
 
 
-def _sums(dtype: torch.dtype) -> Any:
-    return tl.float16 if dtype.itemsize == 2 else tl.float32
+def _numbers(C: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Number formats and precision of the products, by the dtype of the inputs."""
+    return {
+        "LEVELS": C.bit_length() - 1,
+        "SUMS": tl.float16 if dtype.itemsize == 2 else tl.float32,
+        "OPERAND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        "PRECISION": "ieee",
+        "FAST": "tf32" if dtype == torch.float16 else "ieee",
+    }
 
 
 def _gate_arguments(gates: Tensor | None) -> tuple[int, int]:
@@ -374,7 +459,7 @@ def _gate_arguments(gates: Tensor | None) -> tuple[int, int]:
 
 
 def prepare(
-    q: Tensor, k: Tensor, gates: Tensor | None, bound: Tensor | None, spans: Tensor, scale: float, V: int, reverse: bool
+    q: Tensor, k: Tensor, gates: Tensor | None, bound: Tensor | None, spans: Tensor, scale: float, V: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(A ``[B,S,H,C]``, reading rows and writing rows ``[B,S,H,K]``, chunk decays ``[pieces,H,K]`` float32).
 
@@ -386,13 +471,17 @@ def prepare(
     pairs = torch.empty(B, S, H, C, dtype=q.dtype, device=q.device)
     read, write = (torch.empty(B, S, H, K, dtype=q.dtype, device=q.device) for _ in range(2))
     totals = torch.empty(spans.shape[0], H, K, dtype=torch.float32, device=q.device)
-    arguments: Any = (q, k, gates, bound, pairs, read, write, totals, spans, scale, H, K)
-    _prepare_kernel[(spans.shape[0], H)](
-        *arguments, *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates),
-        HGRN2=bound is not None, REVERSE=reverse, C=C, LEVELS=C.bit_length() - 1,
-        BK=min(shape.block, power_of_two(K)), SUMS=_sums(q.dtype), PRECISION="ieee",
-        num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+    pieces = spans.shape[0]
+    wide_spread = torch.empty(pieces, H, dtype=torch.int32, device=q.device)
+    arguments: Any = (
+        q, k, gates, bound, pairs, read, write, totals, wide_spread, spans, scale, H, K,
+        *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates), pieces,
     )  # fmt: skip
+    for exact, grid in ((False, (pieces, H)), (True, (triton.cdiv(pieces * H, GROUP),))):
+        _prepare_kernel[grid](
+            *arguments, EXACT=exact, HGRN2=bound is not None, C=C, BK=min(shape.block, power_of_two(K)), GROUP=GROUP,
+            **_numbers(C, q.dtype), num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
     return pairs, read, write, totals
 
 
@@ -438,7 +527,7 @@ def recurrence(
 def gradients(
     q: Tensor, k: Tensor, gates: Tensor | None, bound: Tensor | None, v: Tensor, do: Tensor,
     dq_state: Tensor, dk_state: Tensor, carry: Tensor, edge: Tensor | None, windows: Tensor,
-    scale: float, reverse: bool, chunk: int,
+    scale: float, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dg float32 ``[B,S,H,K]``, dbound ``[H,K]``); for HGRN2 dk is df and dg is empty."""
     B, S, H, K = q.shape
@@ -452,14 +541,17 @@ def gradients(
         (windows.shape[0], H, K) if bound is not None else (0, H, K), dtype=torch.float32, device=q.device
     )
     BK = min(shape.block, power_of_two(K))
+    blocks, count = triton.cdiv(K, BK), windows.shape[0]
+    wide_spread = torch.empty(count, H, blocks, dtype=torch.int32, device=q.device)
     arguments: Any = (
-        q, k, gates, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, windows, scale, H, K, V,
-        *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates), *v.stride()[1:3], *do.stride()[1:3],
+        q, k, gates, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, windows, scale,
+        H, K, V, blocks,
+        *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates), *v.stride()[1:3], *do.stride()[1:3], count,
     )  # fmt: skip
-    _gradients_kernel[(triton.cdiv(K, BK), windows.shape[0], H)](
-        *arguments, HGRN2=bound is not None, REVERSE=reverse, HAS_EDGE=edge is not None,
-        C=chunk, LEVELS=chunk.bit_length() - 1, BK=BK, BV=min(power_of_two(V), 128 if q.dtype.itemsize == 2 else 64),
-        WINDOW=WINDOW, SUMS=_sums(q.dtype), PRECISION="ieee",
-        num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    for exact, grid in ((False, (blocks, count, H)), (True, (triton.cdiv(wide_spread.numel(), GROUP),))):
+        _gradients_kernel[grid](
+            *arguments, EXACT=exact, HGRN2=bound is not None, HAS_EDGE=edge is not None, C=chunk, BK=BK, GROUP=GROUP,
+            BV=min(power_of_two(V), 128 if q.dtype.itemsize == 2 else 64), **_numbers(chunk, q.dtype),
+            num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
     return dq, dk, dg, dbound.sum(0)
