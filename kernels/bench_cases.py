@@ -29,8 +29,7 @@ from latentcot.kernels.dispatch import Backend
 from latentcot.kernels.visibility import Visibility
 
 Tensors = dict[str, Tensor]
-Group = Literal["anchor", "visibility", "study", "long", "token"]
-GROUPS: tuple[Group, ...] = ("anchor", "visibility", "study", "long", "token")
+Group = Literal["anchor", "more", "visibility", "study", "long", "token"]
 BLOCK = 64  # tokens of a block in the block-causal rows
 
 
@@ -133,6 +132,11 @@ def _gla_inputs(s: Shape, dtype: torch.dtype, device: torch.device, seed: int) -
     return {**_qkv(draw, s), "log_decay": gate}
 
 
+def _simple_gate_inputs(s: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
+    draw = _Draw(dtype, device, seed)
+    return {**_qkv(draw, s), "log_decay": F.logsigmoid(draw.normal(s.B, s.S, s.H, dtype=torch.float32)) / 16}
+
+
 def _hgrn2_inputs(s: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
     draw = _Draw(dtype, device, seed)
     q, f, i = (draw.normal(s.B, s.S, s.H, width) for width in (s.K, s.K, s.V))
@@ -154,6 +158,12 @@ def _deltanet_inputs(s: Shape, dtype: torch.dtype, device: torch.device, seed: i
     x = _qkv(draw, s)
     beta = torch.sigmoid(draw.normal(s.B, s.S, s.H, dtype=torch.float32)).to(dtype)
     return {"q": l2_norm(x["q"]), "k": l2_norm(x["k"]), "v": x["v"], "beta": beta}
+
+
+def _kda_inputs(s: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
+    draw = _Draw(dtype, device, seed + 1000)
+    gate = F.logsigmoid(draw.normal(s.B, s.S, s.H, s.K, dtype=torch.float32)) / 16
+    return {**_deltanet_inputs(s, dtype, device, seed), "log_decay": gate}
 
 
 def _gated_deltanet_inputs(s: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
@@ -252,10 +262,16 @@ MIXERS = {
     "gla": Mixer(
         "decay_attention", _gla_inputs, _decay, lambda x, seen: _decay(x, seen, "reference"), (4, 10), _decay_one
     ),
+    "simple_gate": Mixer(
+        "decay_attention", _simple_gate_inputs, _decay, lambda x, seen: _decay(x, seen, "reference"), (4, 10), _decay_one
+    ),
     "hgrn2": Mixer("decay_attention", _hgrn2_inputs, _hgrn2_run, _hgrn2_exact, (4, 10)),
     "hgrn": Mixer("gated_scan", _hgrn_inputs, _hgrn_run, _hgrn_exact, (0, 0)),
     "deltanet": Mixer(
         "delta_rule", _deltanet_inputs, _delta, lambda x, seen: _delta(x, seen, "reference"), (6, 14), _delta_one
+    ),
+    "kda": Mixer(
+        "delta_rule", _kda_inputs, _delta, lambda x, seen: _delta(x, seen, "reference"), (6, 14), _delta_one
     ),
     "gated_deltanet": Mixer(
         "delta_rule", _gated_deltanet_inputs, _gated_delta_run,
@@ -278,6 +294,8 @@ ROWS: tuple[Row, ...] = (
     Row("hgrn", "hgrn", "anchor", ANCHOR, "causal", Pair(0.25, 0.8), Pair(0.707, 1.739), 1024, 7),
     Row("deltanet", "deltanet", "anchor", ANCHOR, "causal", Pair(0.85, 2.6), Pair(1.221, 3.546), 1857, 121),
     Row("gated_deltanet", "gated_deltanet", "anchor", ANCHOR, "causal", Pair(0.8, 2.7), Pair(1.031, 3.959), 1863, 108),
+    Row("simple_gate", "simple_gate", "more", ANCHOR),
+    Row("kda", "kda", "more", ANCHOR),
     Row("gla-bidirectional", "gla", "visibility", ANCHOR, "bidirectional"),
     Row("gla-block", "gla", "visibility", ANCHOR, "block"),
     Row("gated_deltanet-bidirectional", "gated_deltanet", "visibility", ANCHOR, "bidirectional"),

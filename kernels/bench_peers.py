@@ -81,6 +81,8 @@ def _fla(row: Row) -> list[Peer]:
     return {
         "retnet": _fla_retnet,
         "gla": _fla_gla,
+        "simple_gate": _fla_simple_gate,
+        "kda": _fla_kda,
         "hgrn2": _fla_hgrn2,
         "hgrn": _fla_hgrn,
         "deltanet": _fla_deltanet,
@@ -96,6 +98,17 @@ def _fla_retnet() -> list[Peer]:
 def _fla_gla() -> list[Peer]:
     chunk = _load("fla.ops.gla", "chunk_gla")
     return [Peer("chunk_gla", lambda x: chunk(x["q"], x["k"], x["v"], x["log_decay"])[0])]
+
+
+def _fla_simple_gate() -> list[Peer]:
+    chunk = _load("fla.ops.simple_gla", "chunk_simple_gla")
+    note = GUARD_OFF if _switch_guard_off() else ""
+    return [Peer("chunk_simple_gla", lambda x: chunk(x["q"], x["k"], x["v"], x["log_decay"])[0], note=note)]
+
+
+def _fla_kda() -> list[Peer]:
+    chunk = _load("fla.ops.kda", "chunk_kda")
+    return [Peer("chunk_kda", lambda x: chunk(x["q"], x["k"], x["v"], x["log_decay"], x["beta"])[0])]
 
 
 def _log_gate(f: Tensor, lower_bound: Tensor) -> Tensor:

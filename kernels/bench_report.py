@@ -17,6 +17,10 @@ SCHEMA = 1
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 TITLES = {
     "anchor": ("At the anchor shape", "B = 8, S = 4096, 16 heads, K = V = 128 (HGRN: 2048 channels)."),
+    "more": (
+        "Other gates at the anchor shape",
+        "`simple_gate`: decay attention with one gate a head and token; `kda`: the delta rule with one gate a channel.",
+    ),
     "visibility": (
         "Bidirectional and block-causal",
         "The anchor shape. Bidirectional rows run both directions; blocks are 64 tokens with softmax attention inside.",

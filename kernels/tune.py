@@ -47,8 +47,8 @@ class Tunable:
     Attributes:
         mixers: rows of the benchmark whose calls run it; a candidate is judged by the mean over them.
         backward: whether it runs in the backward pass, or its shape matters there.
-        chunks, blocks, warps, stages: the values of each part; a single one leaves that part alone. A chunk of 0 says
-            that the kernel follows another one's chunk.
+        chunks, blocks, warps, stages: the values of each part. A single 0 leaves that part alone: the kernel takes it
+            from another one.
     """
 
     mixers: tuple[str, ...]
@@ -69,14 +69,19 @@ class Tunable:
 
 
 KERNELS: dict[str, Tunable] = {
-    "decay_forward": Tunable(("retnet",), True, (16, 32, 64, 128), (16, 32, 64, 128)),
+    "decay_forward": Tunable(("retnet", "simple_gate"), True, (16, 32, 64, 128), (16, 32, 64, 128)),
+    "decay_overlap": Tunable(("simple_gate",), True, (16, 32, 64, 128), (16, 32, 64)),
     "decay_pairs": Tunable(("gla", "hgrn2"), True, (16, 32, 64), (32, 64, 128)),
     "decay_values": Tunable(("gla", "hgrn2"), True, (0,), (16, 32, 64, 128)),
     "decay_gradients": Tunable(("gla", "hgrn2"), True, (0,), (16, 32, 64, 128)),
     "delta_forward": Tunable(("deltanet", "gated_deltanet"), True, (16, 32, 64), (16, 32, 64, 128)),
     "delta_reverse": Tunable(("deltanet", "gated_deltanet"), True, (0,), (16, 32, 64, 128)),
     "delta_left": Tunable(("deltanet", "gated_deltanet"), True, (16, 32, 64), (16, 32, 64, 128)),
-    "delta_right": Tunable(("deltanet", "gated_deltanet"), True, (16, 32, 64), (16, 32, 64, 128)),
+    "delta_right": Tunable(("deltanet", "gated_deltanet"), True, (16, 32, 64), (0,)),
+    "delta_channel_forward": Tunable(("kda",), True, (16, 32, 64), (16, 32, 64, 128)),
+    "delta_channel_reverse": Tunable(("kda",), True, (0,), (16, 32, 64, 128)),
+    "delta_channel_left": Tunable(("kda",), True, (0,), (16, 32, 64, 128)),
+    "delta_channel_right": Tunable(("kda",), True, (0,), (0,)),
     "gated_scan_forward": Tunable(("hgrn",), False, (8, 16, 32, 64), (32, 64, 128, 256), (1, 2, 4)),
     "gated_scan_backward": Tunable(("hgrn",), True, (8, 16, 32, 64), (32, 64, 128, 256), (1, 2, 4)),
 }
