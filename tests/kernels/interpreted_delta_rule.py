@@ -162,7 +162,9 @@ def strengths(kind, dtype, gate="none"):
     data = inputs(70, 16, 16, DTYPES[dtype], gate=gate)
     if kind == "repeated":
         data["k"][:] = data["k"][:, :1]
-        data["beta"].fill_(1.99)
+        data["beta"].fill_(1.95)
+        if data["log_decay"] is not None:  # without forgetting, or the repetition would not matter
+            data["log_decay"] *= 1e-4
     elif kind == "zero":
         data["beta"].zero_()
     elif kind == "tiny":
@@ -335,24 +337,34 @@ COMPARISONS = {
     "S135-C64-block": (135, 64, 64, {"K": 24, "V": 24, "m": 2, "block": 32}),
     "S600-windows": (600, 64, 64, {"B": 2}),
     "S600-mixed-windows": (600, 32, 16, {}),
+    "S1-channel": (1, 16, 16, {"gate": "channel"}),
+    "S17-channel": (17, 16, 16, {"gate": "channel", "B": 2, "K": 24, "V": 40, "state": False}),
+    "S39-channel": (39, 16, 16, {"gate": "channel", "K": 24, "V": 24, "H": 2, "m": 2}),
+    "S70-channel-C32": (70, 32, 32, {"gate": "channel", "K": 40, "V": 20, "block": 32}),
+    "S300-channel-windows": (300, 32, 32, {"gate": "channel"}),
 }
 CHECKS = {
     **{f"compare-{dtype}-{name}": (compare, (*c[:3], dtype, dict(c[3]))) for dtype in DTYPES for name, c in COMPARISONS.items()},
     "packed-fp32": (packed, ("fp32",)),
     "packed-fp16": (packed, ("fp16",)),
-    **{f"gates-{kind}": (gates, (kind,)) for kind in ("zero", "resets", "large", "infinite")},
-    "forgotten": (forgotten, ()),
+    "packed-fp32-channel": (packed, ("fp32", "channel")),
+    **{f"gates-{kind}-{g}": (gates, (kind, g)) for g in ("token", "channel") for kind in ("zero", "resets", "large", "infinite")},
+    "forgotten-token": (forgotten, ()),
+    "forgotten-channel": (forgotten, ("channel",)),
     **{f"strengths-{dtype}-{kind}": (strengths, (kind, dtype)) for dtype in DTYPES for kind in ("repeated", "zero", "tiny")},
-    "split": (split, ()),
-    "strided": (strided, ()),
-    "poisoned-none": (poisoned, ("none",)),
-    "poisoned-token": (poisoned, ("token",)),
-    "without_gradients": (without_gradients, ()),
+    "strengths-fp32-repeated-channel": (strengths, ("repeated", "fp32", "channel")),
+    **{
+        f"{name}-{gate}": (check, (gate,))
+        for name, check in (("split", split), ("strided", strided), ("without_gradients", without_gradients))
+        for gate in ("token", "channel")
+    },
+    **{f"poisoned-{gate}": (poisoned, (gate,)) for gate in ("none", "token", "channel")},
     "some_gradients": (some_gradients, ()),
     "mixed_dtypes": (mixed_dtypes, ()),
     "beyond_32_bits-chunks": (beyond_32_bits, (2**25 - 16, 66)),
     "beyond_32_bits-tokens": (beyond_32_bits, (2**30 + 16, 3)),
-    "compiled": (compiled, ()),
+    "compiled-token": (compiled, ()),
+    "compiled-channel": (compiled, ("channel",)),
     "registered": (registered, ()),
     "second_derivative": (second_derivative, ()),
 }  # fmt: skip

@@ -23,7 +23,7 @@ TOLERANCE = {"fp32": (1e-5, 1e-4), "fp16": (3e-3, 2e-2)}  # relative RMS: everyt
 ALL = {"o", "state", "d_q", "d_k", "d_v", "d_beta"}
 CASES = {
     "S1", "S5", "S15", "S16", "S17", "S39", "S39-C32", "S71-C32", "S135-C64", "S135-C64-block", "S600-windows",
-    "S600-mixed-windows",
+    "S600-mixed-windows", "S1-channel", "S17-channel", "S39-channel", "S70-channel-C32", "S300-channel-windows",
 }  # fmt: skip
 
 
@@ -69,23 +69,29 @@ def test_every_case_ran(results):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_packed_sequences_are_the_loop_over_them(dtype, results):
     assert_close(found_in(results, f"packed-{dtype}"), dtype)
+    if dtype == "fp32":
+        assert_close(found_in(results, f"packed-{dtype}-channel"), dtype)
 
 
+@pytest.mark.parametrize("gate", ["token", "channel"])
 @pytest.mark.parametrize("kind", ["zero", "resets", "large", "infinite"])
-def test_extreme_gates(kind, results):
-    found = found_in(results, f"gates-{kind}")
+def test_extreme_gates(kind, gate, results):
+    found = found_in(results, f"gates-{kind}-{gate}")
     assert "d_log_decay" in found
     assert_close(found)
 
 
-def test_everything_forgotten(results):
-    assert_close(found_in(results, "forgotten"))
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_everything_forgotten(gate, results):
+    assert_close(found_in(results, f"forgotten-{gate}"))
 
 
 @pytest.mark.parametrize("kind", ["repeated", "zero", "tiny"])
 def test_extreme_strengths(kind, results):
     assert_close(found_in(results, f"strengths-fp32-{kind}"))
-    if kind != "repeated":
+    if kind == "repeated":
+        assert_close(found_in(results, "strengths-fp32-repeated-channel"))
+    else:
         assert_close(found_in(results, f"strengths-fp16-{kind}"), "fp16")
 
 
@@ -95,25 +101,28 @@ def test_repeated_keys_in_16_bits(results):
     assert all(error < 0.1 for error in found.values()), found
 
 
-def test_segments_are_the_single_pass(results):
-    assert_close(found_in(results, "split"))
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_segments_are_the_single_pass(gate, results):
+    assert_close(found_in(results, f"split-{gate}"))
 
 
-def test_any_strides(results):
-    found = found_in(results, "strided")
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_any_strides(gate, results):
+    found = found_in(results, f"strided-{gate}")
     assert set(found) == {"o", "d_q", "d_k", "d_v", "d_beta", "d_log_decay"}
     assert all(error < 1e-5 for error in found.values()), found
 
 
-@pytest.mark.parametrize("gate", ["none", "token"])
+@pytest.mark.parametrize("gate", ["none", "token", "channel"])
 def test_every_output_is_written(gate, results):
     """Output buffers are filled with NaN beforehand; none may survive."""
     gates = {"d_log_decay"} if gate != "none" else set()
     assert found_in(results, f"poisoned-{gate}") == dict.fromkeys(ALL | gates | {"d_initial_state"}, 0)
 
 
-def test_keeping_nothing_for_a_backward_changes_nothing(results):
-    assert results["without_gradients"] == [True, True, False]
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_keeping_nothing_for_a_backward_changes_nothing(gate, results):
+    assert results[f"without_gradients-{gate}"] == [True, True, False]
 
 
 def test_gradients_of_one_result_or_one_input(results):
@@ -135,8 +144,9 @@ def test_K_2_rows_beyond_two_to_the_31(far, results):
     assert results[f"beyond_32_bits-{far}"] == [True, True]
 
 
-def test_one_graph_under_the_compiler(results):
-    found = found_in(results, "compiled")
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_one_graph_under_the_compiler(gate, results):
+    found = found_in(results, f"compiled-{gate}")
     assert set(found) == ALL | {"d_log_decay", "d_initial_state"}
     assert all(found.values()), found
 
