@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentcot.kernels.checks import check_dims, check_offsets, check_shape, check_tensors, compute_dtype
+from latentcot.kernels.dispatch import BACKENDS, Backend, missing_for_triton
 from latentcot.kernels.packing import Packing
 from latentcot.kernels.visibility import Causal, Visibility, check_visibility
+
+WINDOWS = range(2, 9)  # W that the Triton kernels serve: the windows of a wider one would not fit their registers
 
 
 def short_convolution(
@@ -21,6 +24,7 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     visibility: Visibility = Causal(),
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     r"""Depthwise convolution over the last W inputs of each channel, then SiLU.
 
@@ -40,6 +44,8 @@ def short_convolution(
         lengths: ``[B]`` number of real tokens of right-padded rows. Padded inputs enter neither an output nor the
             state, and padded outputs are zero. Not together with ``cu_seqlens``.
         visibility: ``Causal()`` or ``Bidirectional()`` (no states then).
+        backend: ``"auto"`` (Triton for CUDA tensors that are not float64, W in 2 … 8, else PyTorch), ``"triton"``;
+            ``"chunked"`` and ``"reference"`` both name the PyTorch path.
 
     Returns:
         ``(y [B,S,D], state [N,D,W-1] or None)``; y has the dtype of x, the state is float32 (float64 for float64
@@ -52,27 +58,25 @@ def short_convolution(
     check_tensors(name, x=x, weight=weight, initial_state=initial_state)
     check_dims(name, "x", x, "[B,S,D]")
     check_dims(name, "weight", weight, "[D,W]")
-    check_visibility(name, visibility, with_state=initial_state is not None or output_state)
-    B, S, D = x.shape
+    _, _, D = x.shape
     W = weight.shape[1]
     check_shape(name, "weight", weight, "[D,W]", (D, W))
     if W < 1:
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, expected [D,W] with W >= 1")
-    if activation not in ("silu", None):
-        raise ValueError(f"{name}: activation is {activation!r}, expected 'silu' or None")
-    if cu_seqlens is not None and lengths is not None:
-        raise ValueError(f"{name}: cu_seqlens and lengths describe the same thing two ways; give one")
-    packing = None
-    if cu_seqlens is not None:
-        packing = Packing(check_offsets(name, cu_seqlens, B, S), x.device)
-    N = packing.count if packing else B
-    if initial_state is not None:
-        check_shape(name, "initial_state", initial_state, "[N,D,W-1]", (N, D, W - 1))
-    if lengths is not None:
-        _check_lengths(lengths, B, S, x.device)
+    offsets = _check_call(name, x, D, W, activation, initial_state, output_state, cu_seqlens, lengths, visibility)
+    dtype = compute_dtype(x, weight)
+    if takes_triton(name, x.device, dtype, W, backend) and x.numel() > 0:
+        from latentcot.kernels.convolution_registered import one_forward
+
+        initial_state = None if initial_state is None else initial_state.float()
+        y, state = one_forward(
+            x, weight, initial_state, cu_seqlens, lengths, activation == "silu", not isinstance(visibility, Causal),
+            output_state,
+        )  # fmt: skip
+        return y, state if output_state else None
 
     out_dtype = x.dtype
-    dtype = compute_dtype(x, weight)
+    packing = None if offsets is None else Packing(offsets, x.device)
     x, weight = x.to(dtype), weight.to(dtype)
     if packing is not None:
         x, lengths = packing.unpack(x), packing.lengths
@@ -82,7 +86,7 @@ def short_convolution(
         x = x.masked_fill(mask, 0.0)
 
     if isinstance(visibility, Causal):
-        past = x.new_zeros(N, W - 1, D) if initial_state is None else initial_state.to(dtype).transpose(1, 2)
+        past = x.new_zeros(x.shape[0], W - 1, D) if initial_state is None else initial_state.to(dtype).transpose(1, 2)
         window = torch.cat([past, x], dim=1)  # [N,W-1+S,D]
         taps = weight
     else:
@@ -97,6 +101,107 @@ def short_convolution(
     if packing is not None:
         y = packing.pack(y)
     return y.to(out_dtype), state
+
+
+def short_convolution_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    *,
+    activation: Literal["silu"] | None = "silu",
+    initial_state: Tensor | None = None,
+    output_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    visibility: Visibility = Causal(),
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`short_convolution` of q, k and v, in one launch on the Triton back end.
+
+    The three are read where they are, views of a wider buffer included, and come out as three contiguous tensors.
+
+    Args:
+        q, k, v: inputs ``[B,S,D_q]``, ``[B,S,D_k]``, ``[B,S,D_v]`` of one dtype.
+        weight_q, weight_k, weight_v: their taps ``[D_q,W]``, ``[D_k,W]``, ``[D_v,W]``, oldest first.
+        initial_state: ``[N,D_q+D_k+D_v,W-1]``, the states of q, k and v one after the other.
+        activation, output_state, cu_seqlens, lengths, visibility, backend: as for :func:`short_convolution`.
+
+    Returns:
+        ``(q, k, v, state [N,D_q+D_k+D_v,W-1] or None)``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, named with what was expected.
+    """
+    name = "short_convolution_qkv"
+    check_tensors(
+        name, q=q, k=k, v=v, weight_q=weight_q, weight_k=weight_k, weight_v=weight_v, initial_state=initial_state
+    )
+    check_dims(name, "q", q, "[B,S,D_q]")
+    check_dims(name, "weight_q", weight_q, "[D_q,W]")
+    B, S, _ = q.shape
+    W = weight_q.shape[1]
+    for letter, x, weight in (("q", q, weight_q), ("k", k, weight_k), ("v", v, weight_v)):
+        check_dims(name, letter, x, f"[B,S,D_{letter}]")
+        check_shape(name, letter, x, f"[B,S,D_{letter}]", (B, S, x.shape[2]))
+        check_shape(name, f"weight_{letter}", weight, f"[D_{letter},W]", (x.shape[2], W))
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: {letter} has dtype {x.dtype} and q has {q.dtype}, expected one dtype")
+    widths = [q.shape[2], k.shape[2], v.shape[2]]
+    weight = torch.cat([weight_q, weight_k, weight_v])
+    dtype = compute_dtype(q, weight)
+    if not takes_triton(name, q.device, dtype, W, backend) or min(q.numel(), k.numel(), v.numel()) == 0:
+        y, state = short_convolution(
+            torch.cat([q, k, v], dim=-1), weight, activation=activation, initial_state=initial_state,
+            output_state=output_state, cu_seqlens=cu_seqlens, lengths=lengths, visibility=visibility, backend=backend,
+        )  # fmt: skip
+        return *(part.contiguous() for part in y.split(widths, dim=-1)), state  # pyright: ignore[reportReturnType]
+
+    _check_call(name, q, sum(widths), W, activation, initial_state, output_state, cu_seqlens, lengths, visibility)
+    from latentcot.kernels.convolution_registered import qkv_forward
+
+    initial_state = None if initial_state is None else initial_state.float()
+    *outputs, state = qkv_forward(
+        q, k, v, weight, initial_state, cu_seqlens, lengths, activation == "silu", not isinstance(visibility, Causal),
+        output_state,
+    )  # fmt: skip
+    return outputs[0], outputs[1], outputs[2], state if output_state else None
+
+
+def _check_call(
+    name: str, x: Tensor, D: int, W: int, activation: str | None, initial_state: Tensor | None, output_state: bool,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, visibility: Visibility,
+) -> list[int] | None:  # fmt: skip
+    """What both entries ask of their options; returns the offsets of packed sequences as a list."""
+    B, S, _ = x.shape
+    check_visibility(name, visibility, with_state=initial_state is not None or output_state)
+    if activation not in ("silu", None):
+        raise ValueError(f"{name}: activation is {activation!r}, expected 'silu' or None")
+    if cu_seqlens is not None and lengths is not None:
+        raise ValueError(f"{name}: cu_seqlens and lengths describe the same thing two ways; give one")
+    offsets = None if cu_seqlens is None else check_offsets(name, cu_seqlens, B, S)
+    if initial_state is not None:
+        N = B if offsets is None else len(offsets) - 1
+        check_shape(name, "initial_state", initial_state, "[N,D,W-1]", (N, D, W - 1))
+    if lengths is not None:
+        _check_lengths(lengths, B, S, x.device)
+    return offsets
+
+
+def takes_triton(name: str, device: torch.device, dtype: torch.dtype, W: int, backend: str) -> bool:
+    """Whether a call runs in Triton; raises ValueError for an unknown back end and for a missing Triton."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: backend is {backend!r}, expected one of {BACKENDS}")
+    if backend in ("chunked", "reference") or (backend == "auto" and device.type != "cuda"):
+        return False
+    missing = missing_for_triton("gated_scan", device, dtype)  # what any kernel needs: a device, Triton, a dtype
+    if missing is None and W not in WINDOWS:
+        missing = f"the kernels serve {WINDOWS[0]} … {WINDOWS[-1]} taps, not {W}"
+    if missing is not None and backend == "triton":
+        raise ValueError(f"{name}: backend='triton' cannot run: {missing}; use backend='auto'")
+    return missing is None
 
 
 def _depthwise(window: Tensor, taps: Tensor, S: int) -> Tensor:
