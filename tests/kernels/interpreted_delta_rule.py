@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from latentcot.kernels import l2_norm
-from latentcot.kernels.delta_rule import reference
+from latentcot.kernels.delta_rule import chunked, reference
 from latentcot.kernels.delta_rule import triton as kernels
 from latentcot.kernels.launch import Launch, override
 
@@ -158,18 +158,33 @@ def forgotten(gate="token"):
 
 
 def strengths(kind, dtype, gate="none"):
-    """Repeated keys with beta near 2, where powers of A grow like binomial coefficients; beta of zero; tiny beta."""
+    """Beta of zero; tiny beta."""
     data = inputs(70, 16, 16, DTYPES[dtype], gate=gate)
-    if kind == "repeated":
-        data["k"][:] = data["k"][:, :1]
-        data["beta"].fill_(1.95)
-        if data["log_decay"] is not None:  # without forgetting, or the repetition would not matter
-            data["log_decay"] *= 1e-4
-    elif kind == "zero":
+    if kind == "zero":
         data["beta"].zero_()
     elif kind == "tiny":
         data["beta"] *= 1e-3
     return errors(data, 64, 32)
+
+
+def repeated(dtype, gate="none", beta=1.99):
+    """Worst errors on one key repeated: of the kernels, and of the chunk form in float32 by forward substitution."""
+    data = inputs(70, 16, 16, DTYPES[dtype], gate=gate)
+    data["k"][:] = data["k"][:, :1]
+    data["beta"].fill_(beta)
+    if data["log_decay"] is not None:  # without forgetting, or the repetition would not matter
+        data["log_decay"] *= 1e-4
+
+    def substitution(initial_state, **tokens):
+        return chunked.delta_rule(**tokens, scale=0.25, initial_state=initial_state, chunk_size=64)
+
+    single = {n: None if t is None else t.float() for n, t in data.items()}
+    do, dstate = upstream(data)
+    expected, by_substitution = (
+        run(f, d, do, dstate) for f, d in ((by_definition, wide(data)), (substitution, single))
+    )
+    found = errors(data, 64, 32)
+    return [max(found.values()), max(relative_rms(by_substitution[name], expected[name]) for name in expected)]
 
 
 def split(gate="token"):
@@ -351,8 +366,8 @@ CHECKS = {
     **{f"gates-{kind}-{g}": (gates, (kind, g)) for g in ("token", "channel") for kind in ("zero", "resets", "large", "infinite")},
     "forgotten-token": (forgotten, ()),
     "forgotten-channel": (forgotten, ("channel",)),
-    **{f"strengths-{dtype}-{kind}": (strengths, (kind, dtype)) for dtype in DTYPES for kind in ("repeated", "zero", "tiny")},
-    "strengths-fp32-repeated-channel": (strengths, ("repeated", "fp32", "channel")),
+    **{f"strengths-{dtype}-{kind}": (strengths, (kind, dtype)) for dtype in DTYPES for kind in ("zero", "tiny")},
+    **{f"repeated-{dtype}-{gate}": (repeated, (dtype, gate)) for dtype in DTYPES for gate in ("none", "channel")},
     **{
         f"{name}-{gate}": (check, (gate,))
         for name, check in (("split", split), ("strided", strided), ("without_gradients", without_gradients))
