@@ -1,5 +1,6 @@
 """Threads and requirements of the compiled CPU kernels; importing this file needs neither Numba nor a kernel."""
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[r
 
 # multiply-adds below which a second thread costs more than it brings (waking one takes tens of microseconds)
 WORTH_A_THREAD = 500_000
+PIECES = 4  # for each thread
+# tokens below which batched products of one chunk are faster than compiled steps; per-channel gates have no such length
+SHORT = {"gated_scan": 1, "decay_attention": 64, "delta_rule": 32}
 
 
 @lru_cache(maxsize=1)
@@ -51,20 +55,36 @@ if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
 def spread(kernel: Callable[..., Any], count: int, work: float, *arguments: Any) -> None:
     """``kernel(first, last, *arguments)`` over the items 0 … count-1, in as many threads as torch uses.
 
-    Each item is computed by one thread in one order, so the number of threads changes no digit. ``work``: multiply-adds
-    of all items together.
+    Each item is computed by one thread in one order, so the number of threads changes no digit. Threads take a few
+    items at a time until none are left, the caller among them: one that the system runs late, because the other cores
+    are busy, delays nothing but what it holds. ``work``: multiply-adds of all items together.
     """
     threads = min(torch.get_num_threads(), count, os.cpu_count() or 1, 1 + int(work / WORTH_A_THREAD))
     if threads <= 1:
         kernel(0, count, *arguments)
         return
-    edges = [count * n // threads for n in range(threads + 1)]
-    others = [_pool().submit(kernel, edges[n], edges[n + 1], *arguments) for n in range(1, threads)]
-    kernel(edges[0], edges[1], *arguments)
-    for other in others:
-        other.result()
+    pieces = min(count, PIECES * threads)
+    edges = [count * n // pieces for n in range(pieces + 1)]
+    taken = itertools.count()  # next() is one step under the interpreter lock: no piece is taken twice
+
+    def take() -> None:
+        while (n := next(taken)) < pieces:
+            kernel(edges[n], edges[n + 1], *arguments)
+
+    others = [_pool().submit(take) for _ in range(1, threads)]
+    try:
+        take()
+    finally:
+        for other in others:
+            if not other.cancel():  # it has begun, and may hold a piece
+                other.result()
 
 
 def array(tensor: Tensor) -> Any:
     """The tensor as a contiguous NumPy array, a view where it can be one."""
     return tensor.detach().contiguous().numpy()
+
+
+def worth_compiling(operator: str, S: int, log_decay: Tensor | None) -> bool:
+    """Whether compiled steps are the faster form for this length and gate, by measurement: what "auto" should ask."""
+    return SHORT[operator] <= S or (log_decay is not None and log_decay.dim() == 4)

@@ -177,3 +177,32 @@ def test_what_is_missing_is_named(monkeypatch):
     assert "torch.func" in reasons[0]
     monkeypatch.setattr(cpu_threads, "_numba_installed", lambda: False)
     assert "pip install 'latentcot[cpu]'" in str(cpu_threads.missing_for_compiled())
+
+
+def test_short_sequences_are_left_to_the_products_unless_gates_are_per_channel():
+    token, channel = torch.zeros(1, 20, 2), torch.zeros(1, 20, 2, 4)
+    assert not cpu_threads.worth_compiling("decay_attention", 20, None)
+    assert not cpu_threads.worth_compiling("delta_rule", 20, token)
+    assert cpu_threads.worth_compiling("delta_rule", 20, channel)
+    assert cpu_threads.worth_compiling("decay_attention", 64, token)
+    assert cpu_threads.worth_compiling("gated_scan", 1, token)
+
+
+def test_a_failure_in_another_thread_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr(cpu_threads, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    torch.set_num_threads(2)
+    done = []
+
+    def kernel(first, last, fail):
+        done.extend(range(first, last))
+        if fail and last == 7:
+            raise RuntimeError("piece 7")
+
+    try:
+        cpu_threads.spread(kernel, 20, 1e9, False)
+        assert sorted(done) == list(range(20))
+        with pytest.raises(RuntimeError, match="piece 7"):
+            cpu_threads.spread(kernel, 20, 1e9, True)
+    finally:
+        torch.set_num_threads(1)
