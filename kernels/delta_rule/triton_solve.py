@@ -64,22 +64,15 @@ def _system(products, b, G_row, G_column, DIAGONAL: tl.constexpr, GATED: tl.cons
 
 
 @triton.jit
-def _half(A, b: tl.constexpr):
-    """A where the row is in the right and the column in the left half of the same block of 2b, else 0."""
-    i = tl.arange(0, 16)[:, None]
-    j = tl.arange(0, 16)[None, :]
-    return tl.where((i // (2 * b) == j // (2 * b)) & ((i // b) % 2 == 1) & ((j // b) % 2 == 0), A, 0.0)
-
-
-@triton.jit
 def _invert(A, PRECISION: tl.constexpr):
     """(I + A)^-1 of a strictly lower triangular block of 16 tokens."""
     i = tl.arange(0, 16)[:, None]
     j = tl.arange(0, 16)[None, :]
-    T = tl.where(i == j, 1.0, 0.0) - _half(A, 1)
-    T -= tl.dot(T, tl.dot(_half(A, 2), T, input_precision=PRECISION), input_precision=PRECISION)
-    T -= tl.dot(T, tl.dot(_half(A, 4), T, input_precision=PRECISION), input_precision=PRECISION)
-    T -= tl.dot(T, tl.dot(_half(A, 8), T, input_precision=PRECISION), input_precision=PRECISION)
+    T = tl.where(i == j, 1.0, 0.0) - tl.where((i // 2 == j // 2) & (i > j), A, 0.0)
+    for bits in range(1, 4):  # a real loop: four blocks with every level unrolled take most of the compilation
+        lower = (i >> (bits + 1) == j >> (bits + 1)) & ((i >> bits) % 2 == 1) & ((j >> bits) % 2 == 0)
+        inner = tl.dot(tl.where(lower, A, 0.0), T, input_precision=PRECISION)
+        T -= tl.dot(T, inner, input_precision=PRECISION)
     return T
 
 
