@@ -8,17 +8,14 @@ from torch import Tensor
 from latentcot.kernels.cpu_jit import ROWS, WIDTH
 
 
-def gate_arrays(log_decay: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, e^g) as ``[B,S,H,K]``, ``[B,S,H,1]`` or, the same for all tokens, ``[1,1,H,1]``."""
+def gate_array(log_decay: Tensor | None, like: Tensor) -> Tensor:
+    """The log-decay as ``[B,S,H,K]``, ``[B,S,H,1]`` or, the same for all tokens, ``[1,1,H,1]``."""
     H = like.shape[2]
     if log_decay is None:
-        return like.new_zeros(1, 1, H, 1), like.new_ones(1, 1, H, 1)
-    g = log_decay.detach()
-    if g.dim() == 1:
-        g = g.view(1, 1, H)
-    if g.dim() == 3:
-        g = g.unsqueeze(-1)
-    return g, g.exp()
+        return like.new_zeros(1, 1, H, 1)
+    if log_decay.dim() == 4:
+        return log_decay
+    return log_decay.unsqueeze(-1) if log_decay.dim() == 3 else log_decay.view(1, 1, H, 1)
 
 
 def mark_size(K: int, V: int) -> int:

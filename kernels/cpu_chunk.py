@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from latentcot.kernels.cpu_jit import kernel, load, store
+from latentcot.kernels.cpu_jit import decay, kernel, load, store
 
 
 @kernel
@@ -32,14 +32,14 @@ def rows(x: Any, b: int, h: int, t0: int, n: int, width: int, scale: float, out:
 
 
 @kernel
-def gates(g: Any, a: Any, b: int, h: int, t0: int, n: int, width: int, out: Any, drift: Any, sums: Any) -> None:
+def gates(g: Any, b: int, h: int, t0: int, n: int, width: int, out: Any, drift: Any, sums: Any) -> None:
     """Decays of a chunk and the correction of their rounding: ``out [n*width]``, ``drift [width]``.
 
-    g log-decay and a = e^g: ``[B,S,H,K]``, or with K = 1 one for all channels; B = S = 1 serves all tokens. ``sums``
-    float64 ``[2*width]`` is scratch.
+    g: log-decay ``[B,S,H,K]``, or with K = 1 one for all channels; B = S = 1 serves all tokens. ``sums`` float64
+    ``[2*width]`` is scratch.
     """
     B, S, H, size = g.shape
-    exponents, factors = g.reshape(-1), a.reshape(-1)
+    exponents = g.reshape(-1)
     row = b if B > 1 else 0
     for c in range(size):
         sums[c] = 0.0
@@ -47,10 +47,11 @@ def gates(g: Any, a: Any, b: int, h: int, t0: int, n: int, width: int, out: Any,
     for t in range(n):
         source, target = ((row * S + (t0 + t if S > 1 else 0)) * H + h) * size, t * width
         for c in range(size):
-            decay = load(factors, source + c, 0)
-            store(out, target + c, decay, 1)
-            store(sums, c, load(sums, c, 2) + load(exponents, source + c, 0), 2)
-            store(sums, width + c, load(sums, width + c, 3) * decay, 3)
+            exponent = load(exponents, source + c, 0)
+            factor = decay(exponent)
+            store(out, target + c, factor, 1)
+            store(sums, c, load(sums, c, 2) + exponent, 2)
+            store(sums, width + c, load(sums, width + c, 3) * factor, 3)
         fill = out[target] if size == 1 else out.dtype.type(0)
         for c in range(size, width):
             out[target + c] = fill
@@ -100,8 +101,8 @@ def give_rows(source: Any, b: int, h: int, t0: int, n: int, width: int, target: 
 
 
 @kernel
-def give_gates(source: Any, decay: Any, b: int, h: int, t0: int, n: int, width: int, target: Any) -> None:
-    """``target = decay * source`` like :func:`give_rows`; a target of one channel takes the sum over the row."""
+def give_gates(source: Any, factors: Any, b: int, h: int, t0: int, n: int, width: int, target: Any) -> None:
+    """``target = factors * source`` like :func:`give_rows`; a target of one channel takes the sum over the row."""
     S, H, size = target.shape[1], target.shape[2], target.shape[3]
     flat = target.reshape(-1)
     for t in range(n):
@@ -109,8 +110,8 @@ def give_gates(source: Any, decay: Any, b: int, h: int, t0: int, n: int, width: 
         if size == 1:
             total = source.dtype.type(0)
             for c in range(width):
-                total += decay[t * width + c] * source[t * width + c]
+                total += factors[t * width + c] * source[t * width + c]
             flat[row] = total
         else:
             for c in range(size):
-                store(flat, row + c, load(decay, t * width + c, 0) * load(source, t * width + c, 0), 1)
+                store(flat, row + c, load(factors, t * width + c, 0) * load(source, t * width + c, 0), 1)

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from latentcot.kernels.cpu_autograd import again, gate_arrays, gate_gradient, mark_size
+from latentcot.kernels.cpu_autograd import again, gate_array, gate_gradient, mark_size
 from latentcot.kernels.cpu_decay_kernels import CHUNK, backward, forward
 from latentcot.kernels.cpu_threads import array, spread
 from latentcot.kernels.decay_attention import chunked
@@ -50,8 +50,8 @@ class _DecayAttention(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         marks = q.new_empty((B * H, -(-S // CHUNK), mark_size(K, V)) if keep else (0, 0, 0))
         initial = q.new_empty(0, 0, 0, 0) if initial_state is None else initial_state
-        g, a = gate_arrays(log_decay, q)
-        inputs = [array(t) for t in (q, k, v, g, a)]
+        g = gate_array(log_decay, q)
+        inputs = [array(t) for t in (q, k, v, g)]
         spread(forward, B * H, 2.0 * B * H * S * K * V, *inputs, scale, *(array(t) for t in (initial, o, state, marks)))
         ctx.save_for_backward(q, k, v, log_decay, initial_state, marks)
         ctx.scale, ctx.output_state = scale, output_state
@@ -73,8 +73,8 @@ class _DecayAttention(torch.autograd.Function):
         wanted = log_decay if ctx.needs_input_grad[3] else None
         dg = q.new_empty((0, 0, 0, 0) if wanted is None else (B, S, H, K if wanted.dim() == 4 else 1))
         d_initial = q.new_empty((0, 0, 0, 0) if initial_state is None else (B, H, K, V))
-        g, a = gate_arrays(log_decay, q)
-        inputs = [array(t) for t in (q, k, v, g, a)]
+        g = gate_array(log_decay, q)
+        inputs = [array(t) for t in (q, k, v, g)]
         outputs = [array(t) for t in (dq, dk, dv, dg, d_initial)]
         spread(backward, B * H, 6.0 * B * H * S * K * V, *inputs, scale, *(array(t) for t in (marks, *grads)), *outputs)
         d_decay = None if wanted is None else gate_gradient(dg, wanted)

@@ -119,12 +119,12 @@ def _chunk_backward(
 
 @kernel
 def forward(
-    first: int, last: int, q: Any, k: Any, v: Any, g: Any, a: Any, scale: float, initial: Any, o: Any, final: Any,
+    first: int, last: int, q: Any, k: Any, v: Any, g: Any, scale: float, initial: Any, o: Any, final: Any,
     marks: Any,
 ) -> None:  # fmt: skip
     """Rows and heads first … last-1 of ``[B,H]``: o and the final state, and the state before each chunk in ``marks``.
 
-    q, k ``[B,S,H,K]``, v, o ``[B,S,H,V]``, g and a = e^g as in :func:`cpu_chunk.gates`, initial, final ``[B,H,K,V]``
+    q, k ``[B,S,H,K]``, v, o ``[B,S,H,V]``, g as in :func:`cpu_chunk.gates`, initial, final ``[B,H,K,V]``
     (initial may be empty), marks ``[B*H,n,V*K]`` padded, or empty.
     """
     S, H, K = q.shape[1], q.shape[2], -(-q.shape[3] // WIDTH) * WIDTH
@@ -141,7 +141,7 @@ def forward(
             rows(q, b, h, t0, n, K, scale, qs)
             rows(k, b, h, t0, n, K, 1.0, ks)
             rows(v, b, h, t0, n, V, 1.0, vs)
-            gates(g, a, b, h, t0, n, K, decays, drift, sums)
+            gates(g, b, h, t0, n, K, decays, drift, sums)
             scale_rows(state, drift, K)
             if marks.size > 0:
                 marks[item, t0 // CHUNK, :] = state
@@ -152,7 +152,7 @@ def forward(
 
 @kernel
 def backward(
-    first: int, last: int, q: Any, k: Any, v: Any, g: Any, a: Any, scale: float, marks: Any, d_o: Any, d_final: Any,
+    first: int, last: int, q: Any, k: Any, v: Any, g: Any, scale: float, marks: Any, d_o: Any, d_final: Any,
     dq: Any, dk: Any, dv: Any, dg: Any, d_initial: Any,
 ) -> None:  # fmt: skip
     """Gradients of :func:`forward` for the same rows and heads; dg ``[B,S,H,K]`` or ``[B,S,H,1]``."""
@@ -174,7 +174,7 @@ def backward(
             rows(k, b, h, t0, n, K, 1.0, ks)
             rows(v, b, h, t0, n, V, 1.0, vs)
             rows(d_o, b, h, t0, n, V, 1.0, ds)
-            gates(g, a, b, h, t0, n, K, decays, drift, sums)
+            gates(g, b, h, t0, n, K, decays, drift, sums)
             _chunk_backward(
                 n, K, qs, ks, decays, vs, V, ds, marks[item, t0 // CHUNK], d_state, past, dqs, dks, das, dvs
             )  # fmt: skip

@@ -160,7 +160,7 @@ def _chunk_backward(
 
 @kernel
 def forward(
-    first: int, last: int, q: Any, k: Any, v: Any, beta: Any, g: Any, a: Any, scale: float, initial: Any, o: Any,
+    first: int, last: int, q: Any, k: Any, v: Any, beta: Any, g: Any, scale: float, initial: Any, o: Any,
     final: Any, marks: Any,
 ) -> None:  # fmt: skip
     """Rows and heads first … last-1 of ``[B,H]``, as ``cpu_decay_kernels.forward``; beta ``[B,S,H]``."""
@@ -179,7 +179,7 @@ def forward(
             rows(q, b, h, t0, n, K, scale, qs)
             rows(k, b, h, t0, n, K, 1.0, ks)
             rows(v, b, h, t0, n, V, 1.0, vs)
-            gates(g, a, b, h, t0, n, K, decays, drift, sums)
+            gates(g, b, h, t0, n, K, decays, drift, sums)
             for t in range(n):
                 bs[t] = beta[b, t0 + t, h]
                 both = q.dtype.type(0)
@@ -196,7 +196,7 @@ def forward(
 
 @kernel
 def backward(
-    first: int, last: int, q: Any, k: Any, v: Any, beta: Any, g: Any, a: Any, scale: float, marks: Any, d_o: Any,
+    first: int, last: int, q: Any, k: Any, v: Any, beta: Any, g: Any, scale: float, marks: Any, d_o: Any,
     d_final: Any, dq: Any, dk: Any, dv: Any, d_beta: Any, dg: Any, d_initial: Any,
 ) -> None:  # fmt: skip
     """Gradients of :func:`forward` for the same rows and heads; dg ``[B,S,H,K]`` or ``[B,S,H,1]``."""
@@ -219,7 +219,7 @@ def backward(
             rows(k, b, h, t0, n, K, 1.0, ks)
             rows(v, b, h, t0, n, V, 1.0, vs)
             rows(d_o, b, h, t0, n, V, 1.0, ds)
-            gates(g, a, b, h, t0, n, K, decays, drift, sums)
+            gates(g, b, h, t0, n, K, decays, drift, sums)
             for t in range(n):
                 bs[t] = beta[b, t0 + t, h]
             _chunk_backward(

@@ -28,7 +28,7 @@ class _Scan(torch.autograd.Function):
         B, S, D = x.shape
         h = x.new_empty(B, S, D)
         initial = x.new_empty(0, 0) if initial_state is None else initial_state
-        arrays = [array(t) for t in (x, log_decay.exp(), initial, h)]
+        arrays = [array(t) for t in (x, log_decay, initial, h)]
         spread(forward, B * -(-D // BLOCK), STEP_COST * x.numel(), *arrays)
         ctx.save_for_backward(x, log_decay, initial_state, h)
         return h
@@ -42,6 +42,6 @@ class _Scan(torch.autograd.Function):
         dx, dg = x.new_empty(B, S, D), x.new_empty(B, S, D)
         initial = x.new_empty(0, 0) if initial_state is None else initial_state
         d_initial = x.new_empty(initial.shape)
-        arrays = [array(t) for t in (log_decay.exp(), initial, h, grads[0], dx, dg, d_initial)]
+        arrays = [array(t) for t in (log_decay, initial, h, grads[0], dx, dg, d_initial)]
         spread(backward, B * -(-D // BLOCK), STEP_COST * x.numel(), *arrays)
         return dx, dg, None if initial_state is None else d_initial
