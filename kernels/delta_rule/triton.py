@@ -17,32 +17,13 @@ CPU tensors.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from latentcot.kernels.delta_rule import triton_channel
-from latentcot.kernels.delta_rule.triton_keys import finish_kernel, left_kernel, right_kernel
-from latentcot.kernels.delta_rule.triton_plan import (
-    PRECISION,
-    WINDOW,
-    config,
-    count,
-    inverse_precision,
-    piece_bound,
-    pieces,
-    strides,
-    sum_dtype,
-    tokens,
-)
-from latentcot.kernels.delta_rule.triton_solve import solve_kernel
-from latentcot.kernels.delta_rule.triton_states import forward_kernel, reverse_kernel
-from latentcot.kernels.launch import power_of_two
-
-# pyright: reportCallIssue=false
-# Triton's launch options (num_warps, num_stages) are not parameters of the kernels.
+from latentcot.kernels.delta_rule import triton_channel, triton_scalar
+from latentcot.kernels.delta_rule.triton_plan import WINDOW, config, count, piece_bound, tokens
 
 
-def _forward_shapes(
+def forward_shapes(
     q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, keep: bool
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what the forward returns; see :func:`_forward`."""
@@ -82,35 +63,13 @@ def _forward(
     With a decay per channel the inverses come with the weights between tokens, ``[2,T,Hv,C]``, and the running sums
     are ``[T,Hv,K]``.
     """
-    B, S, H, K = q.shape
-    Hv, V = v.shape[-2:]
-    T, N = B * S, count(q, cu_seqlens)
-    shapes = _forward_shapes(q, v, log_decay, cu_seqlens, keep)
+    shapes = forward_shapes(q, v, log_decay, cu_seqlens, keep)
     buffers = [torch.empty(s, dtype=d, device=q.device) for s, d in shapes]
-    o, last, solved, sums, strengths, writes, kept = buffers
-    q, k, v, beta = tokens(q), tokens(k), tokens(v), tokens(beta)
     gates = None if log_decay is None else tokens(log_decay)
     initial = None if initial_state is None else initial_state.contiguous()
-    if gates is not None and gates.dim() == 4:
-        triton_channel.forward(q, k, v, beta, gates, scale, initial, cu_seqlens, keep, buffers)
-        return o, last, solved, sums, strengths, writes, kept
-    shape = config("delta_forward", K, V, q.dtype, q.device)
-    offsets, bases, owners, chunks = pieces(q, cu_seqlens, shape.chunk)
-    _, windows, _, _ = pieces(q, cu_seqlens, WINDOW)
-    K_wide = power_of_two(K)
-    solve_kernel[(chunks * Hv,)](
-        k, beta, gates, solved, sums, strengths, offsets, bases, owners,
-        T, N, Hv, K, *strides(k), beta.stride(1), 0 if gates is None else gates.stride(1),
-        C=shape.chunk, GROUP=Hv // H, WIDTH=K_wide, BLOCK=min(K_wide, 64), GATED=gates is not None,
-        SUM_DTYPE=sum_dtype(q.dtype), PRECISION=PRECISION, INVERSE=inverse_precision(q), num_warps=1, num_stages=1,
-    )  # fmt: skip
-    forward_kernel[(triton.cdiv(V, shape.block) * Hv * N,)](
-        q, k, v, solved, sums, strengths, initial, o, last, writes, kept, offsets, windows, scale,
-        T, Hv, K, V, *strides(q), *strides(k), *strides(v),
-        C=shape.chunk, GROUP=Hv // H, WIDTH=K_wide, BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
-        GATED=gates is not None, HAS_STATE=initial is not None, KEEP=keep, PRECISION=PRECISION,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
+    launch = triton_channel.forward if gates is not None and gates.dim() == 4 else triton_scalar.forward
+    launch(tokens(q), tokens(k), tokens(v), tokens(beta), gates, scale, initial, cu_seqlens, keep, buffers)
+    o, last, solved, sums, strengths, writes, kept = buffers
     return o, last, solved, sums, strengths, writes, kept
 
 
@@ -126,7 +85,7 @@ def _(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    return tuple(q.new_empty(s, dtype=d) for s, d in _forward_shapes(q, v, log_decay, cu_seqlens, keep))
+    return tuple(q.new_empty(s, dtype=d) for s, d in forward_shapes(q, v, log_decay, cu_seqlens, keep))
 
 
 @torch.library.custom_op("latentcot::delta_rule_backward", mutates_args=())
@@ -149,64 +108,11 @@ def _backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, log_decay and the initial state; empty for an input that was None."""
-    B, S, H, K = q.shape
-    Hv, V = v.shape[-2:]
-    T, N, m = B * S, count(q, cu_seqlens), Hv // H
-    if log_decay is not None and log_decay.dim() == 4:
-        return triton_channel.backward(
-            d_o, d_last, q, k, v, beta, log_decay, scale, initial_state, cu_seqlens,
-            last, solved, sums, strengths, writes, kept,
-        )  # fmt: skip
-    gated, has_state, has_last = log_decay is not None, initial_state is not None, d_last is not None
-    d_o = torch.zeros(B, S, Hv, V, dtype=v.dtype, device=q.device) if d_o is None else tokens(d_o)
-    q, k, v = tokens(q), tokens(k), tokens(v)
-    initial = None if initial_state is None else initial_state.contiguous()
-    d_last = None if d_last is None else d_last.contiguous()
-    offsets, windows, owners, window_count = pieces(q, cu_seqlens, WINDOW)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
-    shape = config("delta_reverse", K, V, q.dtype, q.device)
-    value_blocks = triton.cdiv(V, shape.block)
-    targets, d_v = new(T, Hv, V, dtype=q.dtype), new(B, S, Hv, V, dtype=v.dtype)
-    d_initial = new(*initial.shape) if initial is not None else new(0)
-    reads, ends = new(value_blocks, Hv, T), new(value_blocks, Hv, window_count) if gated else new(0)
-    reverse_kernel[(value_blocks * Hv * N,)](
-        q, k, v, solved, sums, strengths, last, kept, d_o, d_last, targets, d_v, d_initial, reads, ends,
-        offsets, windows, scale,
-        T, window_count, Hv, K, V, *strides(q), *strides(k), *strides(v), *strides(d_o),
-        C=shape.chunk, GROUP=m, WIDTH=power_of_two(K), BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
-        GATED=gated, HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION,
-        num_warps=shape.warps, num_stages=shape.stages,
+    launch = triton_channel.backward if log_decay is not None and log_decay.dim() == 4 else triton_scalar.backward
+    d_q, d_k, d_v, d_beta, d_decay, d_initial, *_ = launch(
+        d_o, d_last, q, k, v, beta, log_decay, scale, initial_state, cu_seqlens,
+        last, solved, sums, strengths, writes, kept,
     )  # fmt: skip
-
-    left, right = (config(name, K, V, q.dtype, q.device) for name in ("delta_left", "delta_right"))
-    key_blocks = triton.cdiv(K, left.block)
-    d_q, d_k = new(B, S, Hv, K, dtype=q.dtype), new(B, S, Hv, K, dtype=k.dtype)
-    products = new(3, key_blocks, Hv, T)
-    grid = (key_blocks * Hv * N,)
-    left_kernel[grid](
-        q, k, sums, strengths, initial, writes, targets, d_o, d_q, d_k, products[0], products[1], offsets, scale,
-        T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
-        C=left.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, GATED=gated,
-        HAS_STATE=has_state, PRECISION=PRECISION, num_warps=left.warps, num_stages=left.stages,
-    )  # fmt: skip
-    right_kernel[grid](
-        q, k, sums, strengths, d_last, writes, targets, d_o, d_k, products[2], offsets, scale,
-        T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
-        C=right.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=right.block, GATED=gated,
-        HAS_LAST=has_last, PRECISION=PRECISION, num_warps=right.warps, num_stages=right.stages,
-    )  # fmt: skip
-    d_beta = new(B, S, Hv, dtype=beta.dtype)
-    d_decay = new(0) if log_decay is None else new(B, S, Hv, dtype=log_decay.dtype)
-    finish_kernel[(window_count * Hv,)](
-        strengths, reads, ends, products[0], products[1], products[2], d_beta, d_decay, offsets, windows, owners,
-        T, N, window_count, Hv, TOKENS=WINDOW, VALUE_BLOCKS=value_blocks, KEY_BLOCKS=key_blocks, GATED=gated, num_warps=4,
-    )  # fmt: skip
-    if m > 1:
-        d_q = d_q.view(B, S, H, m, K).sum(3)
-        d_k = d_k.view(B, S, H, m, K).sum(3)
     return d_q, d_k, d_v, d_beta, d_decay, d_initial
 
 

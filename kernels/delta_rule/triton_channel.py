@@ -47,7 +47,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     beta: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None,
     scale: float,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -55,6 +55,7 @@ def forward(
     buffers: list[Tensor],
 ) -> None:
     """Fills the buffers of ``latentcot::delta_rule_forward``; inputs as the kernels take them."""
+    assert log_decay is not None
     o, last, solved, sums, strengths, writes, kept = buffers
     B, S, H, K = q.shape
     Hv, V = v.shape[-2:]
@@ -85,7 +86,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     beta: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None,
     scale: float,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -97,6 +98,7 @@ def backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``latentcot::delta_rule_backward``."""
+    assert log_decay is not None
     B, S, H, K = q.shape
     Hv, V = v.shape[-2:]
     T, N, m = B * S, count(q, cu_seqlens), Hv // H
@@ -145,9 +147,9 @@ def backward(
     )  # fmt: skip
     d_beta = new(B, S, Hv, dtype=beta.dtype)
     finish_kernel[(window_count * Hv,)](
-        strengths, products, gates, gates, erase_products, gates, d_beta, gates, offsets, windows, owners,
-        T, N, window_count, Hv, TOKENS=WINDOW, VALUE_BLOCKS=value_blocks, KEY_BLOCKS=key_blocks, GATED=False,
-        num_warps=4,
+        strengths, products, None, None, erase_products, None, None, None, None, d_beta, None, None, None,
+        offsets, windows, owners, T, N, window_count, Hv, 0, TOKENS=WINDOW, VALUE_BLOCKS=value_blocks, KEY_BLOCKS=key_blocks, GATED=False,
+        RAW=False, LARGEST=1.0, num_warps=4,
     )  # fmt: skip
     if m > 1:
         d_q = d_q.view(B, S, H, m, K).sum(3)

@@ -19,6 +19,9 @@ columns. Every decay multiplies a row of q or k, so the decays' gradient needs t
 left) of the rows only: with :math:`x_t` = q·dq − β k·z − k·left, the gradient of :math:`g_t` is the sum of x from t to
 the end of the window plus the product of the state with its gradient there. A sum over the whole sequence would gather
 its rounding instead.
+
+With ``NORM`` q and k are not unit vectors yet, and dq, dk come out as gradients of the unit vectors times the
+reciprocal lengths: what is left of the norm's backward is a projection (``triton_norms.py``).
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -27,11 +30,13 @@ its rounding instead.
 import triton
 import triton.language as tl
 
+from latentcot.kernels.delta_rule.triton_solve import softplus
 from latentcot.kernels.delta_rule.triton_tiles import (
     load_tile,
     pair_decays,
     pair_decays_transposed,
     power,
+    row_norms,
     running_sums,
     store_tile,
 )
@@ -41,7 +46,7 @@ SMALL = tl.constexpr(2.0**-6)
 
 @triton.jit
 def left_kernel(
-    q, k, sums, strengths, initial, writes, targets, d_o, d_q, d_k, read_products, erase_products, offsets, scale,
+    q, k, sums, strengths, norms, initial, writes, targets, d_o, d_q, d_k, read_products, erase_products, offsets, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -58,6 +63,7 @@ def left_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,18 +117,26 @@ def left_kernel(
             decays = pair_decays(G, C, True)
         else:
             decays = pair_decays(b, C, False)
+        read_decays = scale * decays
+        erase_decays = factor[:, None] * decays
+        if NORM:
+            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
+            q_scale *= q_norm
+            z_scale *= k_norm
+            read_decays *= q_norm[:, None] * k_norm[None, :]
+            erase_decays *= k_norm[:, None] * k_norm[None, :]
         below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
         held = state.to(u.dtype)
 
         weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
-        weights = (weights * (scale * decays)).to(u.dtype)
+        weights = (weights * read_decays).to(u.dtype)
         dq = tl.dot(d_o_tile, held, input_precision=PRECISION) * q_scale[:, None]
         dq = tl.dot(weights, k_tile, dq, input_precision=PRECISION)
         store_tile(d_q + first * HEADS * K, dq, row * HEADS * K, key, inside, key < K)
         tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
 
         weights = tl.dot(x, tl.trans(u), input_precision=PRECISION)
-        weights = (weights * tl.where(below, factor[:, None] * decays, 0.0)).to(u.dtype)
+        weights = (weights * tl.where(below, erase_decays, 0.0)).to(u.dtype)
         z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
         z = tl.dot(weights, k_tile, z, input_precision=PRECISION)
         k_wide = k_tile.to(tl.float32)
@@ -130,13 +144,16 @@ def left_kernel(
         tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
         if GATED:
             state *= power(total)
-            k_tile = (k_wide * power(total - G)[:, None]).to(u.dtype)
+            k_wide *= power(total - G)[:, None]
+        if NORM:
+            k_wide *= k_norm[:, None]
+        k_tile = k_wide.to(u.dtype)
         state = tl.dot(tl.trans(u), k_tile, state, input_precision=PRECISION)
 
 
 @triton.jit
 def right_kernel(
-    q, k, sums, strengths, d_last, writes, targets, d_o, d_k, left_products, offsets, scale,
+    q, k, sums, strengths, norms, d_last, writes, targets, d_o, d_k, left_products, offsets, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -153,6 +170,7 @@ def right_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,17 +221,27 @@ def right_kernel(
             decays = pair_decays_transposed(G, C, True)
         else:
             decays = pair_decays_transposed(b, C, False)
+        read_decays = scale * decays
+        erase_decays = -b[None, :] * decays
+        if NORM:
+            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
+            q_scale *= q_norm
+            k_scale *= k_norm
+            read_decays *= q_norm[None, :] * k_norm[:, None]
+            erase_decays *= k_norm[None, :] * k_norm[:, None]
         above = tl.arange(0, C)[:, None] < tl.arange(0, C)[None, :]
 
         left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION)
         if GATED:
             left *= power(total - G)[:, None]
             d_state *= power(total)
+        if NORM:
+            left *= k_norm[:, None]
         weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION)
-        weights = (weights * (scale * decays)).to(u.dtype)
+        weights = (weights * read_decays).to(u.dtype)
         left = tl.dot(weights, q_tile, left, input_precision=PRECISION)
         weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
-        weights = (weights * tl.where(above, -b[None, :] * decays, 0.0)).to(u.dtype)
+        weights = (weights * tl.where(above, erase_decays, 0.0)).to(u.dtype)
         left = tl.dot(weights, k_tile, left, input_precision=PRECISION)
         k_wide = k_tile.to(tl.float32)
         store_tile(d_k + first * HEADS * K, erased + left, row * HEADS * K, key, inside, key < K)
@@ -226,15 +254,23 @@ def right_kernel(
 
 @triton.jit
 def finish_kernel(
-    strengths, reads, ends, read_products, erase_products, left_products, d_beta, d_decay, offsets, windows, owners,
+    strengths, reads, ends, read_products, erase_products, left_products, log_decay, log_rate, bias,
+    d_beta, d_decay, d_log_rate, d_bias, offsets, windows, owners,
     T, N, WINDOWS,
     HEADS: tl.constexpr,
+    gate_token: tl.constexpr,
     TOKENS: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
     KEY_BLOCKS: tl.constexpr,
     GATED: tl.constexpr,
+    RAW: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the blocks' products over one window of one head: gradients of beta and log_decay, ``[T,HEADS]``."""
+    """Sums of the blocks' products over one window of one head: gradients of beta and log_decay, ``[T,HEADS]``.
+
+    With ``RAW`` those of what they were computed from (see ``triton_solve.py``), and this window's sums for log_rate
+    and bias, ``[HEADS,W]``.
+    """
     window = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     n = tl.load(owners + window)
@@ -255,11 +291,24 @@ def finish_kernel(
         if GATED:
             x += tl.load(read_products + part * plane + at, mask=inside, other=0.0)
             x -= tl.load(left_products + part * plane + at, mask=inside, other=0.0)
-    tl.store(d_beta + t * HEADS + head, (read - erased).to(d_beta.dtype.element_ty), mask=inside)
+    d_b = read - erased
+    if RAW:
+        b = tl.load(strengths + at, mask=inside, other=0.0)
+        d_b *= b * (1.0 - b / LARGEST)
+    tl.store(d_beta + t * HEADS + head, d_b.to(d_beta.dtype.element_ty), mask=inside)
     if GATED:
         x -= tl.load(strengths + at, mask=inside, other=0.0) * erased
         after = tl.zeros([], dtype=tl.float32)
         for part in range(VALUE_BLOCKS):
             after += tl.load(ends + (part * tl.full([], 1, dtype=tl.int64) * HEADS + head) * WINDOWS + window)
         d_g = tl.cumsum(x, axis=0, reverse=True) + after
+        if RAW:
+            rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
+            raw = tl.load(log_decay + t * gate_token + head, mask=inside, other=0.0).to(tl.float32)
+            raw += tl.load(bias + head).to(tl.float32)
+            d_g = tl.where(inside, -rate * d_g, 0.0)
+            at_window = head.to(tl.int64) * WINDOWS + window
+            tl.store(d_log_rate + at_window, tl.sum(d_g * softplus(raw)))
+            d_g *= tl.sigmoid(raw)
+            tl.store(d_bias + at_window, tl.sum(d_g))
         tl.store(d_decay + t * HEADS + head, d_g.to(d_decay.dtype.element_ty), mask=inside)

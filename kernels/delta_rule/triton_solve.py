@@ -24,18 +24,47 @@ from latentcot.kernels.delta_rule.triton_tiles import LOG2_E, RESET, load_tile, 
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + e^x) in float32, exact for large and for very negative x."""
+    small = tl.exp(-tl.abs(x))
+    # 1 + small rounds; the quotient repairs what log sees of it
+    one = 1.0 + small
+    log = tl.where(one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1.0)))
+    return tl.maximum(x, 0.0) + log
+
+
+@triton.jit
+def _reciprocal_norms(
+    x, rows, rows_inside, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr
+):
+    """(sum of squares + EPS)^(-1/2) of 16 rows."""
+    squares = tl.zeros([16], dtype=tl.float32)
+    for part in tl.static_range(WIDTH // BLOCK):
+        column = part * BLOCK + tl.arange(0, BLOCK)
+        tile = load_tile(x, rows, column, rows_inside, column < K).to(tl.float32)
+        squares += tl.sum(tile * tile, axis=1)
+    return 1.0 / tl.sqrt(squares + EPS)
+
+
+@triton.jit
 def _gates(
-    beta, log_decay, sums, strengths, begin, end, before, beta_token, gate_token,
+    beta, log_decay, sums, strengths, begin, end, before, rate, bias, beta_token, gate_token,
     GATED: tl.constexpr,
+    RAW: tl.constexpr,
+    LARGEST: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """16 tokens: write strengths, running sums that continue ``before``, and the sum so far; writes the first two."""
     t = begin + tl.arange(0, 16)
     inside = t < end
     b = tl.load(beta + t * beta_token, mask=inside, other=0.0).to(tl.float32)
+    if RAW:
+        b = tl.where(inside, LARGEST * tl.sigmoid(b), 0.0)
     tl.store(strengths + t, b, mask=inside)
     if GATED:
         g = tl.load(log_decay + t * gate_token, mask=inside, other=0.0).to(SUM_DTYPE)
+        if RAW:
+            g = tl.where(inside, -rate * softplus(g.to(tl.float32) + bias), 0.0).to(SUM_DTYPE)
         g = tl.maximum(g * LOG2_E, RESET)
         G = tl.cumsum(g, axis=0) + before
         tl.store(sums + t, G, mask=inside)
@@ -47,8 +76,13 @@ def _gates(
 
 
 @triton.jit
-def _system(products, b, G_row, G_column, DIAGONAL: tl.constexpr, GATED: tl.constexpr):
-    """A block of A from the products of its keys; on the diagonal only what lies strictly below it."""
+def _system(products, b, b_column, G_row, G_column, DIAGONAL: tl.constexpr, GATED: tl.constexpr):
+    """A block of A from the products of its keys; on the diagonal only what lies strictly below it.
+
+    ``b`` is a factor a row (beta, and the key's reciprocal norm where keys are not unit vectors yet), ``b_column`` a
+    factor a column.
+    """
+    products *= b_column[None, :]
     if GATED:
         exponent = (G_row[:, None] - G_column[None, :]).to(tl.float32)
         if DIAGONAL:
@@ -78,10 +112,12 @@ def _invert(A, PRECISION: tl.constexpr):
 
 @triton.jit
 def solve_kernel(
-    k, beta, log_decay, solved, sums, strengths, offsets, bases, owners,
+    q, k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
     T, N,
     HEADS: tl.constexpr,
     K: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
     k_token: tl.constexpr,
     k_head: tl.constexpr,
     beta_token: tl.constexpr,
@@ -91,6 +127,10 @@ def solve_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    RAW: tl.constexpr,
+    LARGEST: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -99,6 +139,10 @@ def solve_kernel(
 
     ``owners`` names the sequence of each chunk (N for those that no sequence has), ``bases [N+1]`` the first chunk of
     each sequence.
+
+    With ``RAW`` beta is LARGEST·sigmoid of what ``beta`` holds and the log-decay -e^log_rate·softplus(``log_decay`` +
+    bias), both ``[HEADS]``. With ``NORM`` q and k are not unit vectors yet: their reciprocal lengths are used here and
+    written for the walks, ``norms [2,H,T]``.
     """
     chunk = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -114,19 +158,28 @@ def solve_kernel(
         log_decay += head
         sums += head.to(tl.int64) * T
     start = tl.zeros([], dtype=SUM_DTYPE)
+    rate = start
+    shift = start
+    if RAW:
+        rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
+        shift = tl.load(bias + head).to(tl.float32)
     b0, G0, G = _gates(
-        beta, log_decay, sums, strengths, first, end, start, beta_token, gate_token, GATED, SUM_DTYPE
+        beta, log_decay, sums, strengths, first, end, start, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
+        SUM_DTYPE,
     )  # fmt: skip
     if C > 16:
         b1, G1, G = _gates(
-            beta, log_decay, sums, strengths, first + 16, end, G, beta_token, gate_token, GATED, SUM_DTYPE
+            beta, log_decay, sums, strengths, first + 16, end, G, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
+        SUM_DTYPE,
         )  # fmt: skip
     if C > 32:
         b2, G2, G = _gates(
-            beta, log_decay, sums, strengths, first + 32, end, G, beta_token, gate_token, GATED, SUM_DTYPE
+            beta, log_decay, sums, strengths, first + 32, end, G, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
+        SUM_DTYPE,
         )  # fmt: skip
         b3, G3, G = _gates(
-            beta, log_decay, sums, strengths, first + 48, end, G, beta_token, gate_token, GATED, SUM_DTYPE
+            beta, log_decay, sums, strengths, first + 48, end, G, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
+        SUM_DTYPE,
         )  # fmt: skip
 
     # products of keys, block by block: named, because a list of tiles can not be carried through a loop
@@ -167,29 +220,59 @@ def solve_kernel(
             A32 = tl.dot(k3, tl.trans(k2), A32, input_precision=PRECISION)
             A33 = tl.dot(k3, tl.trans(k3), A33, input_precision=PRECISION)
 
+    one = tl.full([16], 1.0, dtype=tl.float32)
+    c0, c1, c2, c3 = one, one, one, one
+    if NORM:
+        c0 = _reciprocal_norms(k, rows, row < left, K, WIDTH, BLOCK, EPS)
+        b0 *= c0
+        if C > 16:
+            c1 = _reciprocal_norms(k + step, rows, row + 16 < left, K, WIDTH, BLOCK, EPS)
+            b1 *= c1
+        if C > 32:
+            c2 = _reciprocal_norms(k + 2 * step, rows, row + 32 < left, K, WIDTH, BLOCK, EPS)
+            c3 = _reciprocal_norms(k + 3 * step, rows, row + 48 < left, K, WIDTH, BLOCK, EPS)
+            b2 *= c2
+            b3 *= c3
+        if head % GROUP == 0:  # one value head of the group writes for all of them
+            q += first * q_token + (head // GROUP).to(tl.int64) * q_head
+            norms += (head // GROUP).to(tl.int64) * T + first
+            keys = norms + tl.full([], HEADS // GROUP, dtype=tl.int64) * T
+            for part in tl.static_range(C // 16):
+                rows_inside = row + part * 16 < left
+                lengths = _reciprocal_norms(
+                    q + part * sixteen * q_token, row * q_token, rows_inside, K, WIDTH, BLOCK, EPS
+                )  # fmt: skip
+                tl.store(norms + part * 16 + row, lengths, mask=rows_inside)
+            tl.store(keys + row, c0, mask=row < left)
+            if C > 16:
+                tl.store(keys + 16 + row, c1, mask=row + 16 < left)
+            if C > 32:
+                tl.store(keys + 32 + row, c2, mask=row + 32 < left)
+                tl.store(keys + 48 + row, c3, mask=row + 48 < left)
+
     solved += (first * HEADS + head) * C
     rows = row * HEADS * C
     column = tl.arange(0, 16)
     whole = column < 16
     none = tl.zeros([16, 16], dtype=tl.float32)
-    A00 = _invert(_system(A00, b0, G0, G0, True, GATED), INVERSE)
+    A00 = _invert(_system(A00, b0, c0, G0, G0, True, GATED), INVERSE)
     store_tile(solved, A00, rows, column, row < left, whole)
     if C > 16:
         down = sixteen * HEADS * C
-        A11 = _invert(_system(A11, b1, G1, G1, True, GATED), INVERSE)
-        A10 = _system(A10, b1, G1, G0, False, GATED)
+        A11 = _invert(_system(A11, b1, c1, G1, G1, True, GATED), INVERSE)
+        A10 = _system(A10, b1, c0, G1, G0, False, GATED)
         T10 = -tl.dot(A11, tl.dot(A10, A00, input_precision=INVERSE), input_precision=INVERSE)
         store_tile(solved + 16, none, rows, column, row < left, whole)
         store_tile(solved + down, T10, rows, column, row + 16 < left, whole)
         store_tile(solved + down + 16, A11, rows, column, row + 16 < left, whole)
     if C > 32:
-        A22 = _invert(_system(A22, b2, G2, G2, True, GATED), INVERSE)
-        A33 = _invert(_system(A33, b3, G3, G3, True, GATED), INVERSE)
-        A20 = _system(A20, b2, G2, G0, False, GATED)
-        A21 = _system(A21, b2, G2, G1, False, GATED)
-        A30 = _system(A30, b3, G3, G0, False, GATED)
-        A31 = _system(A31, b3, G3, G1, False, GATED)
-        A32 = _system(A32, b3, G3, G2, False, GATED)
+        A22 = _invert(_system(A22, b2, c2, G2, G2, True, GATED), INVERSE)
+        A33 = _invert(_system(A33, b3, c3, G3, G3, True, GATED), INVERSE)
+        A20 = _system(A20, b2, c0, G2, G0, False, GATED)
+        A21 = _system(A21, b2, c1, G2, G1, False, GATED)
+        A30 = _system(A30, b3, c0, G3, G0, False, GATED)
+        A31 = _system(A31, b3, c1, G3, G1, False, GATED)
+        A32 = _system(A32, b3, c2, G3, G2, False, GATED)
         T21 = -tl.dot(A22, tl.dot(A21, A11, input_precision=INVERSE), input_precision=INVERSE)
         T32 = -tl.dot(A33, tl.dot(A32, A22, input_precision=INVERSE), input_precision=INVERSE)
         T20 = tl.dot(A20, A00, input_precision=INVERSE)

@@ -15,7 +15,8 @@ From right to left, with dO and the gradient dS' of the state that the chunk end
 
 A program owns one sequence, one value head and ``BLOCK`` value columns and holds ``[K, BLOCK]`` of the state (of its
 gradient) in float32. Columns do not mix, so nothing is exchanged; programs of one head are neighbours and find q, k and
-the inverse in the cache. Row scalings are applied after a product wherever they can be.
+the inverse in the cache. Row scalings are applied after a product wherever they can be; with ``NORM`` q and k are not
+unit vectors yet and their reciprocal lengths (``triton_solve.py``) are such scalings.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -29,6 +30,7 @@ from latentcot.kernels.delta_rule.triton_tiles import (
     pair_decays,
     pair_decays_transposed,
     power,
+    row_norms,
     running_sums,
     store_tile,
 )
@@ -36,7 +38,7 @@ from latentcot.kernels.delta_rule.triton_tiles import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, solved, sums, strengths, initial, o, last, writes, checkpoints, offsets, windows, scale,
+    q, k, v, solved, sums, strengths, norms, initial, o, last, writes, checkpoints, offsets, windows, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -53,6 +55,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,6 +108,9 @@ def forward_kernel(
         target = tl.dot(k_tile, held, input_precision=PRECISION)
         if GATED:
             target *= power(G)[:, None]
+        if NORM:
+            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
+            target *= k_norm[:, None]
         target = b[:, None] * (v_tile.to(tl.float32) - target)
         u = tl.dot(inverse, target.to(inverse.dtype), input_precision=PRECISION)
         written = u.to(k_tile.dtype)
@@ -112,11 +118,10 @@ def forward_kernel(
             store_tile(writes + first * HEADS * V, written, row * HEADS * V, column, inside, column < V)
         if GATED:
             state *= power(total)
-            state = tl.dot(
-                tl.trans(k_tile), (u * power(total - G)[:, None]).to(k_tile.dtype), state, input_precision=PRECISION
-            )
-        else:
-            state = tl.dot(tl.trans(k_tile), written, state, input_precision=PRECISION)
+            u *= power(total - G)[:, None]
+        if NORM:
+            u *= k_norm[:, None]
+        state = tl.dot(tl.trans(k_tile), u.to(k_tile.dtype), state, input_precision=PRECISION)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         read = tl.dot(q_tile, held, input_precision=PRECISION)
         if GATED:
@@ -124,6 +129,9 @@ def forward_kernel(
             read *= power(G)[:, None]
         else:
             products *= pair_decays(b, C, False)
+        if NORM:
+            products *= q_norm[:, None] * k_norm[None, :]
+            read *= q_norm[:, None]
         read = tl.dot(products.to(k_tile.dtype), written, read, input_precision=PRECISION)
         store_tile(o + first * HEADS * V, scale * read, row * HEADS * V, column, inside, column < V)
     store_tile(last + in_state, state, state_rows, column, key < K, column < V)
@@ -131,7 +139,7 @@ def forward_kernel(
 
 @triton.jit
 def reverse_kernel(
-    q, k, v, solved, sums, strengths, last, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, ends,
+    q, k, v, solved, sums, strengths, norms, last, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, ends,
     offsets, windows, scale,
     T, WINDOWS,
     HEADS: tl.constexpr,
@@ -151,6 +159,7 @@ def reverse_kernel(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -212,11 +221,16 @@ def reverse_kernel(
             decays = pair_decays_transposed(G, C, True)
         else:
             decays = pair_decays_transposed(b, C, False)
+        if NORM:
+            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
+            decays *= k_norm[:, None] * q_norm[None, :]
         weights = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weights = (weights * (scale * decays)).to(k_tile.dtype)
         d_u = tl.dot(k_tile, d_state.to(k_tile.dtype), input_precision=PRECISION)
         if GATED:
             d_u *= power(total - G)[:, None]
+        if NORM:
+            d_u *= k_norm[:, None]
         d_u = tl.dot(weights, d_o_tile, d_u, input_precision=PRECISION)
         x = tl.dot(inverse, d_u.to(inverse.dtype), input_precision=PRECISION)
         d_value = b[:, None] * x
@@ -229,6 +243,9 @@ def reverse_kernel(
             d_read *= start
             d_value *= start
             d_state *= power(total)
+        if NORM:
+            d_read *= q_norm[:, None]
+            d_value *= k_norm[:, None]
         d_state = tl.dot(tl.trans(q_tile), d_read.to(k_tile.dtype), d_state, input_precision=PRECISION)
         d_state = tl.dot(tl.trans(k_tile), (-d_value).to(k_tile.dtype), d_state, input_precision=PRECISION)
         if GATED and (c % WINDOW == 0) & (c > 0):

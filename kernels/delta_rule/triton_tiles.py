@@ -50,6 +50,16 @@ def running_sums(sums, begin, first, end, C: tl.constexpr, SUM_CHUNK: tl.constex
 
 
 @triton.jit
+def row_norms(norms, first, end, head, T, C: tl.constexpr, HEADS: tl.constexpr):
+    """Reciprocal lengths of this chunk's rows of q and of k ``[C]``, from ``norms [2,HEADS,T]``, and 1 past the end."""
+    t = first + tl.arange(0, C)
+    norms += head.to(tl.int64) * T
+    q_norm = tl.load(norms + t, mask=t < end, other=1.0)
+    k_norm = tl.load(norms + tl.full([], HEADS, dtype=tl.int64) * T + t, mask=t < end, other=1.0)
+    return q_norm, k_norm
+
+
+@triton.jit
 def power(exponent):
     """2^exponent in float32; the difference of two sums is taken in their own dtype before."""
     return tl.exp2(exponent.to(tl.float32))
