@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentcot.kernels.gated_scan.triton import decay_of
 from latentcot.kernels.launch import power_of_two
 
 NARROW, WIDE = 8, 32  # value columns a program: 32 bytes, the least that memory moves, or a full line of 128
 MANY_STATES = 256  # (sequence, head) pairs from which wide tiles keep every processor busy
 SCAN_BLOCK = 512
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def _step_kernel(
     if HAS_STATE:
         state = tl.load(old + at, mask=inside, other=0.0)
         if GATE == 1:
-            state *= tl.exp2(tl.load(g + b * g_batch + h * g_head).to(tl.float32) * LOG2_E)
+            state *= decay_of(tl.load(g + b * g_batch + h * g_head).to(tl.float32))
         if GATE == 2:
             gate = tl.load(g + b * g_batch + h * g_head + row, mask=in_row, other=0.0).to(tl.float32)
-            state *= tl.exp2(gate * LOG2_E)[:, None]
+            state *= decay_of(gate)[:, None]
     else:
         state = tl.zeros([WIDTH, BLOCK], dtype=tl.float32)
     query = tl.load(q + b * q_batch + key_head * q_head + row, mask=in_row, other=0.0).to(tl.float32)
@@ -76,7 +76,7 @@ def _scan_kernel(x, g, old, new, o, D, x_batch, g_batch, HAS_STATE: tl.constexpr
     inside = d < D
     h = tl.load(x + b * x_batch + d, mask=inside, other=0.0).to(tl.float32)
     if HAS_STATE:
-        decay = tl.exp2(tl.load(g + b * g_batch + d, mask=inside, other=0.0).to(tl.float32) * LOG2_E)
+        decay = decay_of(tl.load(g + b * g_batch + d, mask=inside, other=0.0).to(tl.float32))
         h += decay * tl.load(old + b * D + d, mask=inside, other=0.0)
     tl.store(o + b * D + d, h.to(o.dtype.element_ty), mask=inside)
     tl.store(new + b * D + d, h, mask=inside)

@@ -65,6 +65,12 @@ def _product(a, b):
 
 
 @triton.jit
+def decay_of(g):
+    """exp(g) for a log-decay; NaN above zero, where nothing is defined: growth must not pass for a result."""
+    return tl.where(g > 0, float("nan"), tl.exp2(g * LOG2_E))
+
+
+@triton.jit
 def sigmoids(f):
     """(sigma(f), sigma(-f)) without cancellation. Below -80 both have reached their limits, 0 and 1, to float32."""
     e = tl.exp2(tl.maximum(f, -80.0) * -LOG2_E)
@@ -130,7 +136,7 @@ def _forward_tile(
         a = floor + (1.0 - floor) * f
         b = b * sigmoids(b)[0] * ((1.0 - floor) * nothing)
     else:
-        a = tl.exp2(_fetch(g, t, d, row, mask, 0.0, G_TOKEN, WHOLE) * LOG2_E)
+        a = decay_of(_fetch(g, t, d, row, mask, 0.0, G_TOKEN, WHOLE))
     b += tl.where((row == 0)[:, None], a * carried[None, :], 0.0)
     _, h = tl.associative_scan((a, b), 0, _two_steps)
     carried = tl.sum(tl.where((row == row.shape[0] - 1)[:, None], h, 0.0), 0)
@@ -198,7 +204,7 @@ def _backward_tile(
         f, nothing = sigmoids(_fetch(g, t, d, -row, mask, float("inf"), G_TOKEN, WHOLE))
         a = floor + (1.0 - floor) * f
     else:
-        a = tl.exp2(_fetch(g, t, d, -row, mask, 0.0, G_TOKEN, WHOLE) * LOG2_E)
+        a = decay_of(_fetch(g, t, d, -row, mask, 0.0, G_TOKEN, WHOLE))
     dh_tile += tl.where((row == 0)[:, None], carried[None, :], 0.0)
     _, _, delta = tl.associative_scan((a, tl.full(a.shape, 1.0, tl.float32), dh_tile), 0, _two_steps_back)
     c = a * delta

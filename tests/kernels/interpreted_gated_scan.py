@@ -119,6 +119,21 @@ def hgrn(S, D, dtype, bounded, in_parts=False, spread=1.0):
     return {name: relative_rms(actual[name], expected[name]) for name in expected}
 
 
+def growth():
+    """A positive log-decay behind the public checks: NaN in its channel from its token on, and nowhere else."""
+    from latentcot.kernels.gated_scan.registered import scan_forward
+
+    x, g, h0, _, _ = inputs(9, 20, 2, torch.float32)
+    g[1, 4, 7] = 1e-3
+    found = []
+    for shapes in (override(), short_tiles()):
+        with shapes:
+            found.append(scan_forward(x, g, h0, None)[0].isnan())
+    expected = torch.zeros(2, 9, 20, dtype=torch.bool)
+    expected[1, 4:, 7] = True
+    return [torch.equal(f, expected) for f in found]
+
+
 def compiled():
     """torch.compile(fullgraph=True) gives what eager gives, forward and backward."""
     x, g, h0, _, _ = inputs(9, 20, 2, torch.float32)
@@ -276,6 +291,7 @@ CHECKS = {
     },
     "hgrn-saturated": (hgrn, (9, 20, "fp32", True, False, 40.0)),
     "packed-parts": (packed_in_parts, ()),
+    "growth": (growth, ()),
     "compiled": (compiled, ()),
     "registered": (registered, ()),
     "packed-fp32": (packed, ("fp32",)),

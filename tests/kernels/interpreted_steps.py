@@ -124,6 +124,13 @@ def refused():
     return messages
 
 
+def growth():
+    """A positive log-decay gives NaN in its head and nowhere else."""
+    q, state = torch.randn(1, 2, 4), torch.randn(1, 2, 4, 4)
+    o, after = step_triton.decay_attention_step(q, q, q, torch.tensor([[-0.1, 0.1]]), 1.0, state)
+    return [bool(t[0, head].isnan().all()) for t in (o, after) for head in (0, 1)]
+
+
 def registered():
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     q, state, beta = torch.randn(1, 2, 4), torch.randn(1, 2, 4, 4), torch.rand(1, 1, 2)
@@ -172,6 +179,7 @@ CHECKS = {
     "many_states": (many_states, ()),
     "poisoned": (poisoned, ()),
     "refused": (refused, ()),
+    "growth": (growth, ()),
     "registered": (registered, ()),
 }  # fmt: skip
 

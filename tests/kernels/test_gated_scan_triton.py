@@ -77,6 +77,10 @@ def test_hgrn_from_its_projections(name, results):
         assert error < bound, f"{quantity}: relative RMS {error:.2e}"
 
 
+def test_growth_is_not_a_number(results):
+    assert results["growth"] == [True, True]
+
+
 def test_compiles_without_a_graph_break(results):
     assert results["compiled"] == [True, True]
 

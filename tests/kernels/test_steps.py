@@ -84,6 +84,10 @@ def test_states_that_can_not_be_overwritten(results):
     assert "strides" in turned
 
 
+def test_growth_is_not_a_number(results):
+    assert results["growth"] == [False, True, False, True]
+
+
 def test_registration_and_compilation(results):
     assert results["registered"] is True, results["registered"]
 
