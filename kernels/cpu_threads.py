@@ -29,10 +29,10 @@ def missing_for_compiled(*tensors: Tensor | None) -> str | None:
 
     Without tensors: what holds for every call.
     """
-    if not _numba_installed():
-        return "Numba is not installed (pip install 'latentcot[cpu]')"
     if torch.compiler.is_compiling():
         return "torch.compile traces the call, and Numba kernels cannot be traced"
+    if not _numba_installed():
+        return "Numba is not installed (pip install 'latentcot[cpu]')"
     for tensor in tensors:
         if tensor is None:
             continue
