@@ -28,7 +28,7 @@ from latentcot.kernels.gated_scan.triton import row_offset, sigmoids
 from latentcot.kernels.launch import Launch, flat, launch_shape, sequence_offsets
 
 # ``stages`` counts the tokens whose loads are under way together; a warp holds 4 channels a lane
-FORWARD = Launch(chunk=128, block=128, warps=1, stages=4)
+FORWARD = Launch(chunk=64, block=128, warps=1, stages=4)
 BACKWARD = Launch(chunk=128, block=128, warps=1, stages=4)
 ENOUGH_PROGRAMS = 2048  # shorter pieces until there are as many, since one program has few bytes under way
 SHORTEST_PIECE = 16

@@ -80,6 +80,20 @@ def sigmoids(f):
 
 
 @triton.jit
+def three_sigmoids(f, i):
+    """(sigma(f), sigma(-f), sigma(i)) from one reciprocal: what limits the fused forward is not memory but these.
+
+    Below -40 they stay at sigma(-40) = 4e-18, so that the product of both denominators stays in range.
+    """
+    e_f = tl.exp2(tl.maximum(f, -40.0) * -LOG2_E)
+    e_i = tl.exp2(tl.maximum(i, -40.0) * -LOG2_E)
+    r = tl.rsqrt((1.0 + e_f) * (1.0 + e_i))
+    r *= r
+    open_f = r * (1.0 + e_i)
+    return open_f, e_f * open_f, r * (1.0 + e_f)
+
+
+@triton.jit
 def _place(offsets, D, FIRST_PART, PARTS: tl.constexpr, SHARES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """What this program does: (sequence, part, block of channels, start of the sequence, tokens first … last of the part)."""
     pid = tl.program_id(0)
@@ -132,9 +146,9 @@ def _forward_tile(
     mask = ((t + row) < end)[:, None] & (d < D)[None, :]
     b = _fetch(x, t, d, row, mask, 0.0, X_TOKEN, WHOLE)
     if FUSED:  # beyond the end: sigma(inf) = 1, a decay of 1 and no input
-        f, nothing = sigmoids(_fetch(g, t, d, row, mask, float("inf"), G_TOKEN, WHOLE))
+        f, nothing, on = three_sigmoids(_fetch(g, t, d, row, mask, float("inf"), G_TOKEN, WHOLE), b)
         a = floor + (1.0 - floor) * f
-        b = b * sigmoids(b)[0] * ((1.0 - floor) * nothing)
+        b *= on * ((1.0 - floor) * nothing)
     else:
         a = decay_of(_fetch(g, t, d, row, mask, 0.0, G_TOKEN, WHOLE))
     b += tl.where((row == 0)[:, None], a * carried[None, :], 0.0)
