@@ -74,12 +74,18 @@ def hgrn_scan(
 
 
 def _gates(i: Tensor, f: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``((1 - alpha) silu(i), log alpha)``; the logarithm of a bound of zero is never formed."""
-    opening, log_decay = torch.sigmoid(-f), F.logsigmoid(f)
-    if lower_bound is not None:
-        # log(l + (1-l) s) with s = sigmoid(f): where s is small and l = 0, log s itself is the exact form
-        room = 1 - lower_bound
-        opening = room * opening
-        bounded = torch.log1p(-opening)
-        log_decay = torch.where(lower_bound > 0, bounded, log_decay)
-    return F.silu(i) * opening, log_decay
+    """``((1 - alpha) silu(i), log alpha)``, each digit of both kept where alpha is close to 1 and where it is close to 0.
+
+    The bound may be zero in places: its logarithm is never formed, and its gradient is right there too.
+    """
+    opening = torch.sigmoid(-f)
+    if lower_bound is None:
+        return F.silu(i) * opening, F.logsigmoid(f)
+    room = 1 - lower_bound
+    opening = room * opening
+    alpha = lower_bound + room * torch.sigmoid(f)
+    near_one = opening < 0.5
+    # the branch not taken is fed a harmless number: its gradient would be a NaN that `where` multiplies by zero
+    from_opening = torch.log1p(-opening.masked_fill(~near_one, 0.25))
+    from_alpha = torch.log(alpha.clamp_min(torch.finfo(alpha.dtype).tiny).masked_fill(near_one, 1.0))
+    return F.silu(i) * opening, torch.where(near_one, from_opening, from_alpha)
