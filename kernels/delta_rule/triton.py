@@ -100,7 +100,6 @@ def _backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    last: Tensor,
     solved: Tensor,
     sums: Tensor,
     strengths: Tensor,
@@ -111,7 +110,7 @@ def _backward(
     launch = triton_channel.backward if log_decay is not None and log_decay.dim() == 4 else triton_scalar.backward
     d_q, d_k, d_v, d_beta, d_decay, d_initial, *_ = launch(
         d_o, d_last, q, k, v, beta, log_decay, scale, initial_state, cu_seqlens,
-        last, solved, sums, strengths, writes, kept,
+        solved, sums, strengths, writes, kept,
     )  # fmt: skip
     return d_q, d_k, d_v, d_beta, d_decay, d_initial
 
@@ -128,7 +127,6 @@ def _(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    last: Tensor,
     solved: Tensor,
     sums: Tensor,
     strengths: Tensor,
@@ -145,7 +143,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     q, k, v, beta, log_decay, scale, initial_state, cu_seqlens, keep = inputs
     if not keep:
         raise RuntimeError("latentcot::delta_rule_forward: a gradient is asked for, but keep is False")
-    ctx.save_for_backward(q, k, v, beta, log_decay, initial_state, cu_seqlens, *output[1:])
+    ctx.save_for_backward(q, k, v, beta, log_decay, initial_state, cu_seqlens, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.scale = scale

@@ -4,7 +4,11 @@ import torch
 import triton
 from torch import Tensor
 
-from latentcot.kernels.delta_rule.triton_channel_keys import channel_left_kernel, channel_right_kernel
+from latentcot.kernels.delta_rule.triton_channel_keys import (
+    channel_gates_kernel,
+    channel_left_kernel,
+    channel_right_kernel,
+)
 from latentcot.kernels.delta_rule.triton_channel_solve import channel_solve_kernel, scale_kernel
 from latentcot.kernels.delta_rule.triton_channel_states import channel_forward_kernel, channel_reverse_kernel
 from latentcot.kernels.delta_rule.triton_keys import finish_kernel
@@ -90,7 +94,6 @@ def backward(
     scale: float,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    last: Tensor,
     solved: Tensor,
     sums: Tensor,
     strengths: Tensor,
@@ -131,7 +134,7 @@ def backward(
     key_blocks = triton.cdiv(K, left.block)
     grid = (key_blocks * Hv * N,)
     d_q, d_k = new(B, S, Hv, K, dtype=q.dtype), new(B, S, Hv, K, dtype=k.dtype)
-    gates, erase_products = new(T, Hv, K), new(key_blocks, Hv, T)
+    gates, erase_products, starts = new(T, Hv, K), new(key_blocks, Hv, T), new(window_count, Hv, K)
     d_decay = new(B, S, Hv, K, dtype=log_decay.dtype)
     channel_left_kernel[grid](
         q, k, sums, strengths, initial, writes, targets, d_o, d_q, d_k, gates, erase_products, offsets, scale,
@@ -140,10 +143,14 @@ def backward(
         PRECISION=PRECISION, num_warps=left.warps, num_stages=left.stages,
     )  # fmt: skip
     channel_right_kernel[grid](
-        q, k, sums, strengths, last, d_last, kept, writes, targets, d_o, d_k, gates, d_decay, offsets, windows,
+        q, k, sums, strengths, initial, d_last, kept, writes, targets, d_o, d_k, gates, starts, offsets, windows,
         scale, T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
-        C=C, LEVELS=levels, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, WINDOW=WINDOW // C, HAS_LAST=has_last,
-        PRECISION=PRECISION, num_warps=right.warps, num_stages=right.stages,
+        C=C, LEVELS=levels, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, WINDOW=WINDOW // C,
+        HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION, num_warps=right.warps, num_stages=right.stages,
+    )  # fmt: skip
+    block = min(power_of_two(K), 64)
+    channel_gates_kernel[(window_count * Hv * triton.cdiv(K, block),)](
+        gates, starts, d_decay, offsets, windows, owners, N, Hv, K, TOKENS=WINDOW, BLOCK=block, num_warps=4,
     )  # fmt: skip
     d_beta = new(B, S, Hv, dtype=beta.dtype)
     finish_kernel[(window_count * Hv,)](

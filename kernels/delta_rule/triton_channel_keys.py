@@ -5,9 +5,8 @@ by level through halves of the chunk (``triton_channel_solve.py``): with F the l
 :math:`\sum_j w_{ij} e^{G_i - G_j} k_j = F \odot ((w \odot M) (F \odot k))`, summed over levels, plus the token itself.
 
 Every decay multiplies a channel of q or k, so the gradient of the gates is an elementwise product: with
-:math:`x_t = q\,dq - \beta k z - k \cdot \text{left}` the gradient of :math:`g_t` is the sum of x from t to the end of a
-window of tokens, plus the product of the state with its gradient there, row by row. The walk from right to left has
-both at hand.
+:math:`x_t = q\,dq - \beta k z - k \cdot \text{left}` the gradient of :math:`g_t` is the product of the state with its
+gradient, row by row, at the beginning of a window of tokens, less the sum of x from there to t − 1.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -86,16 +85,18 @@ def channel_left_kernel(
         z = tl.dot(x, held, input_precision=PRECISION) * start
         reads = scale * tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
         erases = tl.dot(x, tl.trans(u), input_precision=PRECISION)
-        dq += tl.sum(tl.where(row[:, None] == tl.arange(0, C)[None, :], reads, 0.0), axis=1)[:, None] * k_tile
         for level in tl.static_range(LEVELS):
             factor = level_factors(sums, G, first, end, key, 2**level, C, HEADS, K)
             keys = (k_tile * factor).to(u.dtype)
             pairs = level_pairs(2**level, C)
             dq += factor * tl.dot(tl.where(pairs, reads, 0.0).to(u.dtype), keys, input_precision=PRECISION)
             z += factor * tl.dot(tl.where(pairs, erases, 0.0).to(u.dtype), keys, input_precision=PRECISION)
-        store_tile(d_q + token * K, dq, row * HEADS * K, key, inside, key < K)
         store_tile(d_k + token * K, -b * z, row * HEADS * K, key, inside, key < K)
         store_tile(gates + token * K, q_tile * dq - b * k_tile * z, row * HEADS * K, key, inside, key < K)
+        # a token reads its own write through no gate
+        own = tl.sum(tl.where(row[:, None] == tl.arange(0, C)[None, :], reads, 0.0), axis=1)
+        dq += own[:, None] * k_tile
+        store_tile(d_q + token * K, dq, row * HEADS * K, key, inside, key < K)
         tl.store(erase_products + first + row, tl.sum(z * k_tile, axis=1), mask=inside)
         state *= power(total)[None, :]
         keys = (k_tile * power(total[None, :] - G)).to(u.dtype)
@@ -104,7 +105,7 @@ def channel_left_kernel(
 
 @triton.jit
 def channel_right_kernel(
-    q, k, sums, strengths, last, d_last, checkpoints, writes, targets, d_o, d_k, gates, d_decay, offsets, windows,
+    q, k, sums, strengths, initial, d_last, checkpoints, writes, targets, d_o, d_k, gates, starts, offsets, windows,
     scale, T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -121,10 +122,14 @@ def channel_right_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     HAS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk what the keys left for later tokens; the gradient of log_decay, ``[T,HEADS,K]``."""
+    """Adds to dk what the keys left for later tokens, takes its product with k from ``gates``.
+
+    ``starts [W,HEADS,K]``: the product of the state with its gradient at the beginning of each window, row by row.
+    """
     blocks = tl.cdiv(K, BLOCK)
     head = tl.program_id(0) // blocks % HEADS
     n = tl.program_id(0) // blocks // HEADS
@@ -138,14 +143,12 @@ def channel_right_kernel(
     d_o += head.to(tl.int64) * o_head
     sums += head.to(tl.int64) * K
     strengths += head.to(tl.int64) * T
+    in_state = (n.to(tl.int64) * HEADS + head) * K * V
+    window = tl.load(windows + n)
     if HAS_LAST:
-        in_state = (n.to(tl.int64) * HEADS + head) * K * V
         d_state = load_tile(d_last + in_state, column, key * V, column < V, key < K)
-        final = load_tile(last + in_state, column, key * V, column < V, key < K)
-        after = tl.sum(final * d_state, axis=0)
     else:
         d_state = tl.zeros([WIDTH, BLOCK], dtype=tl.float32)
-        after = tl.zeros([BLOCK], dtype=tl.float32)
 
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     for step in range(chunks):
@@ -164,7 +167,6 @@ def channel_right_kernel(
         left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION) * power(total[None, :] - G)
         reads = scale * tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION)
         erases = -b[None, :] * tl.dot(u, tl.trans(x), input_precision=PRECISION)
-        left += tl.sum(tl.where(row[:, None] == tl.arange(0, C)[None, :], reads, 0.0), axis=1)[:, None] * q_tile
         for level in tl.static_range(LEVELS):
             factor = level_factors(sums, G, first, end, key, 2**level, C, HEADS, K)
             keys = (k_tile * factor).to(u.dtype)
@@ -173,12 +175,12 @@ def channel_right_kernel(
             part = tl.dot(tl.where(pairs, reads, 0.0).to(u.dtype), queries, input_precision=PRECISION)
             part = tl.dot(tl.where(pairs, erases, 0.0).to(u.dtype), keys, part, input_precision=PRECISION)
             left += factor * part
+        rows = load_tile(gates + token * K, row * HEADS * K, key, inside, key < K) - k_tile * left
+        store_tile(gates + token * K, rows, row * HEADS * K, key, inside, key < K)
+        own = tl.sum(tl.where(row[:, None] == tl.arange(0, C)[None, :], reads, 0.0), axis=1)
+        left += own[:, None] * q_tile
         erased = load_tile(d_k + token * K, row * HEADS * K, key, inside, key < K).to(tl.float32)
         store_tile(d_k + token * K, erased + left, row * HEADS * K, key, inside, key < K)
-        rows = load_tile(gates + token * K, row * HEADS * K, key, inside, key < K) - k_tile * left
-        d_g = tl.cumsum(rows, axis=0, reverse=True) + after[None, :]
-        store_tile(d_decay + token * K, d_g, row * HEADS * K, key, inside, key < K)
-        after += tl.sum(rows, axis=0)
         start = power(G)
         queries = (scale * start * q_tile).to(u.dtype)
         keys = (-b[:, None] * start * k_tile).to(u.dtype)
@@ -186,6 +188,44 @@ def channel_right_kernel(
         d_state = tl.dot(tl.trans(d_o_tile), queries, d_state, input_precision=PRECISION)
         d_state = tl.dot(tl.trans(x), keys, d_state, input_precision=PRECISION)
         if (c % WINDOW == 0) & (c > 0):
-            at = tl.load(windows + n) + c // WINDOW
-            state = load_tile(checkpoints + (at * HEADS + head) * K * V, column, key * V, column < V, key < K)
-            after = tl.sum(state * d_state, axis=0)
+            at = ((window + c // WINDOW) * HEADS + head) * K
+            state = load_tile(checkpoints + at * V, column, key * V, column < V, key < K)
+            tl.store(starts + at + key, tl.sum(state * d_state, axis=0), mask=key < K)
+    at = (window * HEADS + head) * K
+    if HAS_STATE:
+        state = load_tile(initial + in_state, column, key * V, column < V, key < K)
+        tl.store(starts + at + key, tl.sum(state * d_state, axis=0), mask=key < K)
+    else:
+        tl.store(starts + at + key, tl.zeros([BLOCK], dtype=tl.float32), mask=key < K)
+
+
+@triton.jit
+def channel_gates_kernel(
+    gates, starts, d_decay, offsets, windows, owners,
+    N,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of log_decay ``[T,HEADS,K]`` of one window, head and block of channels, 16 tokens at a time."""
+    blocks = tl.cdiv(K, BLOCK)
+    key = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(0) // blocks % HEADS
+    window = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
+    n = tl.load(owners + window)
+    if n >= N:
+        return
+    end = tl.load(offsets + n + 1)
+    begin = tl.load(offsets + n) + (window - tl.load(windows + n)) * TOKENS
+    row = tl.arange(0, 16)
+    before = tl.load(starts + (window * HEADS + head) * K + key, mask=key < K, other=0.0)
+    for step in range(TOKENS // 16):
+        first = begin + step * 16
+        inside = row < (end - first).to(tl.int32)
+        # x of the token before: x of the token itself, taken from a sum that includes it, would leave its rounding
+        has_before = inside & (row + step > 0)
+        x = load_tile(gates + ((first - 1) * HEADS + head) * K, row * HEADS * K, key, has_before, key < K)
+        d_g = before[None, :] - tl.cumsum(x, axis=0)
+        store_tile(d_decay + (first * HEADS + head) * K, d_g, row * HEADS * K, key, inside, key < K)
+        before -= tl.sum(x, axis=0)

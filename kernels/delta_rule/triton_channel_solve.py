@@ -13,7 +13,7 @@ masked to its own pairs. Row e of the running sums is read from memory.
 import triton
 import triton.language as tl
 
-from latentcot.kernels.delta_rule.triton_tiles import LOG2_E, RESET, load_tile, power, store_tile
+from latentcot.kernels.delta_rule.triton_tiles import base_two, load_tile, power, store_tile
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def scale_kernel(
     g = load_tile(
         log_decay + first * gate_token + head.to(tl.int64) * gate_head, row * gate_token, key, inside, key < K
     )  # fmt: skip
-    g = tl.maximum(g.to(SUM_DTYPE) * LOG2_E, RESET)
+    g = base_two(g.to(SUM_DTYPE))
     G = tl.cumsum(g, axis=0)
     total = tl.sum(g, axis=0)
     q_tile = load_tile(

@@ -16,9 +16,11 @@ with R the gradient of the state that the chunk ends with, what the key of token
 
 A program owns one sequence, one value head and ``BLOCK`` key channels; its tiles of dO, the writes and X hold all value
 columns. Every decay multiplies a row of q or k, so the decays' gradient needs the products q·dq, k·z and k·(what it
-left) of the rows only: with :math:`x_t` = q·dq − β k·z − k·left, the gradient of :math:`g_t` is the sum of x from t to
-the end of the window plus the product of the state with its gradient there. A sum over the whole sequence would gather
-its rounding instead.
+left) of the rows only: with :math:`x_t` = q·dq − β k·z − k·left, the gradient of :math:`g_t` is the product of the state
+with its gradient at the beginning of a window, less the sum of x from there to t − 1. Summed from the right the terms
+would be those of the state undecayed, and where gates are strong the small gradient would be lost in their rounding;
+over the whole sequence the sum would gather rounding, hence windows. What a token reads of its own write passes no gate:
+it is in dq and dk but not in their products.
 
 With ``NORM`` q and k are not unit vectors yet, and dq, dk come out as gradients of the unit vectors times the
 reciprocal lengths: what is left of the norm's backward is a projection (``triton_norms.py``).
@@ -42,6 +44,13 @@ from latentcot.kernels.delta_rule.triton_tiles import (
 )
 
 SMALL = tl.constexpr(2.0**-6)
+
+
+@triton.jit
+def split_own(weights, others, C: tl.constexpr):
+    """The diagonal of ``weights [C,C]``, and the weights where ``others`` are."""
+    diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+    return tl.sum(tl.where(diagonal, weights, 0.0), axis=1), tl.where(others, weights, 0.0)
 
 
 @triton.jit
@@ -127,19 +136,22 @@ def left_kernel(
             erase_decays *= k_norm[:, None] * k_norm[None, :]
         below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
         held = state.to(u.dtype)
+        k_wide = k_tile.to(tl.float32)
 
-        weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
-        weights = (weights * read_decays).to(u.dtype)
+        weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION) * read_decays
+        if GATED:
+            own, weights = split_own(weights, below, C)
         dq = tl.dot(d_o_tile, held, input_precision=PRECISION) * q_scale[:, None]
-        dq = tl.dot(weights, k_tile, dq, input_precision=PRECISION)
+        dq = tl.dot(weights.to(u.dtype), k_tile, dq, input_precision=PRECISION)
+        if GATED:
+            tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
+            dq += own[:, None] * k_wide
         store_tile(d_q + first * HEADS * K, dq, row * HEADS * K, key, inside, key < K)
-        tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
 
         weights = tl.dot(x, tl.trans(u), input_precision=PRECISION)
         weights = (weights * tl.where(below, erase_decays, 0.0)).to(u.dtype)
         z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
         z = tl.dot(weights, k_tile, z, input_precision=PRECISION)
-        k_wide = k_tile.to(tl.float32)
         store_tile(d_k + first * HEADS * K, (-b / factor)[:, None] * z, row * HEADS * K, key, inside, key < K)
         tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
         if GATED:
@@ -237,16 +249,20 @@ def right_kernel(
             d_state *= power(total)
         if NORM:
             left *= k_norm[:, None]
-        weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION)
-        weights = (weights * read_decays).to(u.dtype)
-        left = tl.dot(weights, q_tile, left, input_precision=PRECISION)
+        weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION) * read_decays
+        if GATED:
+            own, weights = split_own(weights, above, C)
+        left = tl.dot(weights.to(u.dtype), q_tile, left, input_precision=PRECISION)
         weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
         weights = (weights * tl.where(above, erase_decays, 0.0)).to(u.dtype)
         left = tl.dot(weights, k_tile, left, input_precision=PRECISION)
         k_wide = k_tile.to(tl.float32)
+        q_wide = q_tile.to(tl.float32)
+        if GATED:
+            tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
+            left += own[:, None] * q_wide
         store_tile(d_k + first * HEADS * K, erased + left, row * HEADS * K, key, inside, key < K)
-        tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
-        q_tile = (q_tile.to(tl.float32) * q_scale[:, None]).to(u.dtype)
+        q_tile = (q_wide * q_scale[:, None]).to(u.dtype)
         k_tile = (k_wide * k_scale[:, None]).to(u.dtype)
         d_state = tl.dot(tl.trans(d_o_tile), q_tile, d_state, input_precision=PRECISION)
         d_state = tl.dot(tl.trans(x), k_tile, d_state, input_precision=PRECISION)
@@ -254,7 +270,7 @@ def right_kernel(
 
 @triton.jit
 def finish_kernel(
-    strengths, reads, ends, read_products, erase_products, left_products, log_decay, log_rate, bias,
+    strengths, reads, starts, read_products, erase_products, left_products, log_decay, log_rate, bias,
     d_beta, d_decay, d_log_rate, d_bias, offsets, windows, owners,
     T, N, WINDOWS,
     HEADS: tl.constexpr,
@@ -285,23 +301,27 @@ def finish_kernel(
     for part in range(VALUE_BLOCKS):
         read += tl.load(reads + part * plane + at, mask=inside, other=0.0)
     erased = tl.zeros([TOKENS], dtype=tl.float32)
-    x = tl.zeros([TOKENS], dtype=tl.float32)
     for part in range(KEY_BLOCKS):
         erased += tl.load(erase_products + part * plane + at, mask=inside, other=0.0)
-        if GATED:
-            x += tl.load(read_products + part * plane + at, mask=inside, other=0.0)
-            x -= tl.load(left_products + part * plane + at, mask=inside, other=0.0)
     d_b = read - erased
     if RAW:
         b = tl.load(strengths + at, mask=inside, other=0.0)
         d_b *= b * (1.0 - b / LARGEST)
     tl.store(d_beta + t * HEADS + head, d_b.to(d_beta.dtype.element_ty), mask=inside)
     if GATED:
-        x -= tl.load(strengths + at, mask=inside, other=0.0) * erased
-        after = tl.zeros([], dtype=tl.float32)
+        # x of the token before: x of the token itself, taken from a sum that includes it, would leave its rounding
+        has_before = inside & (tl.arange(0, TOKENS) > 0)
+        erased = tl.zeros([TOKENS], dtype=tl.float32)
+        x = tl.zeros([TOKENS], dtype=tl.float32)
+        for part in range(KEY_BLOCKS):
+            erased += tl.load(erase_products + part * plane + at - 1, mask=has_before, other=0.0)
+            x += tl.load(read_products + part * plane + at - 1, mask=has_before, other=0.0)
+            x -= tl.load(left_products + part * plane + at - 1, mask=has_before, other=0.0)
+        x -= tl.load(strengths + at - 1, mask=has_before, other=0.0) * erased
+        before = tl.zeros([], dtype=tl.float32)
         for part in range(VALUE_BLOCKS):
-            after += tl.load(ends + (part * tl.full([], 1, dtype=tl.int64) * HEADS + head) * WINDOWS + window)
-        d_g = tl.cumsum(x, axis=0, reverse=True) + after
+            before += tl.load(starts + (part * tl.full([], 1, dtype=tl.int64) * HEADS + head) * WINDOWS + window)
+        d_g = before - tl.cumsum(x, axis=0)
         if RAW:
             rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
             raw = tl.load(log_decay + t * gate_token + head, mask=inside, other=0.0).to(tl.float32)

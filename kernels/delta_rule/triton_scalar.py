@@ -96,7 +96,6 @@ def backward(
     scale: float,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    last: Tensor,
     solved: Tensor,
     sums: Tensor,
     strengths: Tensor,
@@ -125,9 +124,9 @@ def backward(
     value_blocks = triton.cdiv(V, shape.block)
     targets, d_v = new(T, Hv, V, dtype=q.dtype), new(B, S, Hv, V, dtype=v.dtype)
     d_initial = new(*initial.shape) if initial is not None else new(0)
-    reads, ends = new(value_blocks, Hv, T), new(value_blocks, Hv, window_count) if gated else new(0)
+    reads, starts = new(value_blocks, Hv, T), new(value_blocks, Hv, window_count) if gated else new(0)
     reverse_kernel[(value_blocks * Hv * N,)](
-        q, k, v, solved, sums, strengths, norms, last, kept, d_o, d_last, targets, d_v, d_initial, reads, ends,
+        q, k, v, solved, sums, strengths, norms, initial, kept, d_o, d_last, targets, d_v, d_initial, reads, starts,
         offsets, windows, scale,
         T, window_count, Hv, K, V, *strides(q), *strides(k), *strides(v), *strides(d_o),
         C=shape.chunk, GROUP=m, WIDTH=power_of_two(K), BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
@@ -158,7 +157,7 @@ def backward(
     if raw is not None and cu_seqlens is not None:  # the bound of the windows may be above their number
         d_log_rate, d_bias = d_log_rate.zero_(), d_bias.zero_()
     finish_kernel[(window_count * Hv,)](
-        strengths, reads, ends, products[0], products[1], products[2], gates, log_rate, bias,
+        strengths, reads, starts, products[0], products[1], products[2], gates, log_rate, bias,
         d_beta, d_decay, d_log_rate, d_bias, offsets, windows, owners,
         T, N, window_count, Hv, 0 if gates is None else gates.stride(1),
         TOKENS=WINDOW, VALUE_BLOCKS=value_blocks, KEY_BLOCKS=key_blocks, GATED=gated, RAW=raw is not None,

@@ -20,7 +20,7 @@ kernels that walk the chunks one after the other read both in contiguous pieces 
 import triton
 import triton.language as tl
 
-from latentcot.kernels.delta_rule.triton_tiles import LOG2_E, RESET, load_tile, store_tile
+from latentcot.kernels.delta_rule.triton_tiles import base_two, load_tile, store_tile
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _gates(
         g = tl.load(log_decay + t * gate_token, mask=inside, other=0.0).to(SUM_DTYPE)
         if RAW:
             g = tl.where(inside, -rate * softplus(g.to(tl.float32) + bias), 0.0).to(SUM_DTYPE)
-        g = tl.maximum(g * LOG2_E, RESET)
+        g = base_two(g)
         G = tl.cumsum(g, axis=0) + before
         tl.store(sums + t, G, mask=inside)
         total = before + tl.sum(g, axis=0)

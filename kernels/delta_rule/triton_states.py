@@ -139,7 +139,7 @@ def forward_kernel(
 
 @triton.jit
 def reverse_kernel(
-    q, k, v, solved, sums, strengths, norms, last, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, ends,
+    q, k, v, solved, sums, strengths, norms, initial, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, starts,
     offsets, windows, scale,
     T, WINDOWS,
     HEADS: tl.constexpr,
@@ -166,8 +166,8 @@ def reverse_kernel(
 ):  # fmt: skip
     """Gradients of the writes' right-hand sides (X, ``targets``), of v ``[T,HEADS,V]`` and of the initial states.
 
-    Also, summed over this block's columns: ``reads [blocks,HEADS,T]``, the products of X with v, and with gates ``ends
-    [blocks,HEADS,W]``, the product of the state with its gradient at the end of each window.
+    Also, summed over this block's columns: ``reads [blocks,HEADS,T]``, the products of X with v, and with gates ``starts
+    [blocks,HEADS,W]``, the product of the state with its gradient at the beginning of each window.
     """
     blocks = tl.cdiv(V, BLOCK)
     block = tl.program_id(0) % blocks
@@ -199,12 +199,7 @@ def reverse_kernel(
         d_state = tl.zeros([WIDTH, BLOCK], dtype=tl.float32)
     if GATED:
         window = tl.load(windows + n)
-        ends += (block.to(tl.int64) * HEADS + head) * WINDOWS
-        if HAS_LAST:
-            final = load_tile(last + in_state, state_rows, column, key < K, column < V)
-            tl.store(ends + window + (chunks - 1) // WINDOW, tl.sum(final * d_state))
-        else:
-            tl.store(ends + window + (chunks - 1) // WINDOW, 0.0)
+        starts += (block.to(tl.int64) * HEADS + head) * WINDOWS
 
     for step in range(chunks):
         c = chunks - 1 - step
@@ -251,6 +246,12 @@ def reverse_kernel(
         if GATED and (c % WINDOW == 0) & (c > 0):
             at = window + c // WINDOW
             state = load_tile(checkpoints + (at * HEADS + head) * K * V, state_rows, column, key < K, column < V)
-            tl.store(ends + at - 1, tl.sum(state * d_state))
+            tl.store(starts + at, tl.sum(state * d_state))
+    if GATED:
+        if HAS_STATE:
+            state = load_tile(initial + in_state, state_rows, column, key < K, column < V)
+            tl.store(starts + window, tl.sum(state * d_state))
+        else:
+            tl.store(starts + window, 0.0)
     if HAS_STATE:
         store_tile(d_initial + in_state, d_state, state_rows, column, key < K, column < V)

@@ -50,6 +50,12 @@ def running_sums(sums, begin, first, end, C: tl.constexpr, SUM_CHUNK: tl.constex
 
 
 @triton.jit
+def base_two(log_decay):
+    """Log-decays in base 2, none below ``RESET``. What is no log-decay, above zero or NaN, becomes NaN and shows."""
+    return tl.where(log_decay <= 0, tl.maximum(log_decay * LOG2_E, RESET), float("nan"))
+
+
+@triton.jit
 def row_norms(norms, first, end, head, T, C: tl.constexpr, HEADS: tl.constexpr):
     """Reciprocal lengths of this chunk's rows of q and of k ``[C]``, from ``norms [2,HEADS,T]``, and 1 past the end."""
     t = first + tl.arange(0, C)

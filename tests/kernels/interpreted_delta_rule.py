@@ -21,6 +21,7 @@ import torch
 from latentcot.kernels import l2_norm
 from latentcot.kernels.delta_rule import chunked, reference
 from latentcot.kernels.delta_rule import triton as kernels
+from latentcot.kernels.delta_rule.fused import gated_delta_net
 from latentcot.kernels.launch import Launch, override
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -144,17 +145,21 @@ def gates(kind, gate="token"):
     return errors(data, 16)
 
 
-def forgotten(gate="token"):
-    """exp(-30) at every token: nothing survives a token. The gradient of the gates is zero next to what it sums."""
+def forgotten(rate, gate="token"):
+    """exp(rate) at every token: nothing survives one, and the gates' gradient is as small as what survives."""
     data = inputs(40, 16, 16, torch.float32, gate=gate, state=False)
-    data["log_decay"].fill_(-30.0)
-    do, dstate = upstream(data)
-    expected, actual = run(by_definition, wide(data), do, dstate), None
+    data["log_decay"].fill_(rate)
+    return errors(data, 16)
+
+
+def no_decay_at_all(value, gate="token"):
+    """A log-decay above zero, or NaN, at token 20 of the second row: whether rows are finite, up to it and from it."""
+    data = inputs(40, 16, 16, torch.float32, B=2, gate=gate)
+    data["log_decay"][1, 20] = value
     with chunks_of(16):
-        actual = run(by_kernel, data, do, dstate)
-    gradient = actual.pop("d_log_decay").double() - expected.pop("d_log_decay")
-    found = {name: relative_rms(actual[name], expected[name]) for name in expected}
-    return found | {"d_log_decay": float(gradient.norm() / (data["q"] * actual["d_q"]).norm())}
+        o, state = by_kernel(**data)
+    parts = o[0], o[1, :16], o[1, 20:], state[0], state[1]
+    return [float(t.isfinite().double().mean()) for t in parts]
 
 
 def strengths(kind, dtype, gate="none"):
@@ -316,7 +321,7 @@ def registered():
         found = torch.library.opcheck(torch.ops.latentcot.delta_rule_forward.default, (*arguments, True))
         kept = torch.ops.latentcot.delta_rule_forward(*arguments, True)
         state = torch.randn_like(kept[1])
-        gradient = (torch.randn_like(kept[0]), state, *arguments, *(t.detach() for t in kept[1:]))
+        gradient = (torch.randn_like(kept[0]), state, *arguments, *(t.detach() for t in kept[2:]))
         gradient = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in gradient)
         found_backward = torch.library.opcheck(
             torch.ops.latentcot.delta_rule_backward.default,
@@ -339,6 +344,124 @@ def second_derivative():
     return "no error"
 
 
+# Gated DeltaNet from its projections: norms and gates inside the kernels
+
+
+def raw_inputs(S, K, V, dtype, *, m=1, B=1, N=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    H = 2
+    return {
+        "q": (2 * normal(B, S, H, K)).to(dtype),
+        "k": normal(B, S, H, K).to(dtype),
+        "v": normal(B, S, H * m, V).to(dtype),
+        "a": normal(B, S, H * m),
+        "b": normal(B, S, H * m),
+        "A_log": normal(H * m),
+        "dt_bias": normal(H * m),
+        "initial_state": normal(B if N is None else N, H * m, K, V),
+    }
+
+
+def run_fused(data, do, dstate, function=gated_delta_net, **options):
+    leaves = {n: t.clone().requires_grad_() for n, t in data.items()}
+    o, state = function(**leaves, output_state=True, **options)
+    loss = (o * do.to(o)).sum() + (state * dstate.to(state)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"o": o, "state": state, **{f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+
+def fused_errors(data, chunk, keys_chunk=None, N=None, **options):
+    do, dstate = upstream(data, N)
+    expected = run_fused(wide(data), do, dstate, backend="reference", **options)
+    with chunks_of(chunk, keys_chunk):
+        actual = run_fused(data, do, dstate, backend="triton", **options)
+    assert all(actual[f"d_{n}"].dtype == t.dtype for n, t in data.items())
+    found = {name: relative_rms(actual[name], expected[name]) for name in expected}
+    # sums over tokens of terms of both signs: relative to what is summed
+    for name, term in (("d_dt_bias", expected["d_a"]), ("d_A_log", expected["d_a"] * _softplus_over_sigmoid(data))):
+        found[name] = float((actual[name].double() - expected[name]).norm() / term.abs().sum((0, 1)).norm())
+    return found
+
+
+def _softplus_over_sigmoid(data):
+    x = (data["a"] + data["dt_bias"]).double()
+    return torch.nn.functional.softplus(x) / x.sigmoid()
+
+
+def fused(S, chunk, keys_chunk, dtype, shape, options):
+    return fused_errors(raw_inputs(S, 24, 20, DTYPES[dtype], **shape), chunk, keys_chunk, **options)
+
+
+def fused_packed(dtype):
+    options = {"cu_seqlens": torch.tensor([0, 1, 17, 22, 61]), "allow_neg_eigval": True}
+    return fused_errors(raw_inputs(61, 16, 16, DTYPES[dtype], m=2, N=4), 32, 16, N=4, **options)
+
+
+def fused_lengths(dtype):
+    """Rows of q and k that are zero (padding), long or short."""
+    data = raw_inputs(40, 16, 16, DTYPES[dtype])
+    for name in ("q", "k"):
+        data[name][:, ::3] *= 30
+        data[name][:, 1::3] *= 1 / 30
+        data[name][:, 5] = 0
+    return fused_errors(data, 16)
+
+
+def fused_poisoned():
+    empty = torch.empty
+
+    def poisoned_empty(*a, **k):
+        t = empty(*a, **k)
+        return t.fill_(float("nan")) if t.dtype.is_floating_point else t
+
+    torch.empty = poisoned_empty
+    try:
+        data = raw_inputs(37, 24, 20, torch.float32, m=2, N=2)
+        with chunks_of(32, 16):
+            found = run_fused(data, *upstream(data, 2), backend="triton", cu_seqlens=torch.tensor([0, 30, 37]))
+    finally:
+        torch.empty = empty
+    return {name: int(t.isnan().sum()) for name, t in found.items()}
+
+
+def fused_compiled():
+    data = raw_inputs(20, 16, 16, torch.float32)
+    do, dstate = upstream(data)
+    with chunks_of(16):
+        expected = run_fused(data, do, dstate, backend="triton")
+        function = torch.compile(gated_delta_net, fullgraph=True, backend="aot_eager")
+        actual = run_fused(data, do, dstate, function, backend="triton")
+    return {name: bool(torch.equal(actual[name], expected[name])) for name in expected}
+
+
+def fused_registered():
+    data = raw_inputs(20, 16, 16, torch.float32, m=2)
+    leaves = [t.requires_grad_() for t in data.values()]
+    arguments = (*leaves[:7], 0.25, 2.0, True, leaves[7], None)
+    with chunks_of(16):
+        found = torch.library.opcheck(torch.ops.latentcot.gated_delta_net_forward.default, (*arguments, True))
+        kept = torch.ops.latentcot.gated_delta_net_forward(*arguments, True)
+        gradient = (torch.randn_like(kept[0]), torch.randn_like(kept[1]), *arguments, *kept[2:])
+        gradient = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in gradient)
+        found_backward = torch.library.opcheck(
+            torch.ops.latentcot.gated_delta_net_backward.default,
+            gradient,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+    return {**found, **{f"backward_{n}": r for n, r in found_backward.items()}}
+
+
+FUSED = {
+    "S5": (5, 16, 16, {}, {}),
+    "S39": (39, 16, 16, {"m": 2}, {"allow_neg_eigval": True}),
+    "S71": (71, 32, 16, {"B": 2}, {"scale": 1.0}),
+    "S135": (135, 64, 32, {"m": 3}, {"allow_neg_eigval": True}),
+    "S300": (300, 64, 64, {}, {}),
+}
 COMPARISONS = {
     "S1": (1, 16, 16, {}),
     "S5": (5, 16, 16, {"gate": "none", "V": 24}),
@@ -364,8 +487,12 @@ CHECKS = {
     "packed-fp16": (packed, ("fp16",)),
     "packed-fp32-channel": (packed, ("fp32", "channel")),
     **{f"gates-{kind}-{g}": (gates, (kind, g)) for g in ("token", "channel") for kind in ("zero", "resets", "large", "infinite")},
-    "forgotten-token": (forgotten, ()),
-    "forgotten-channel": (forgotten, ("channel",)),
+    **{f"forgotten-{rate}-{gate}": (forgotten, (-rate, gate)) for gate in ("token", "channel") for rate in (8, 30)},
+    **{
+        f"no_decay-{value}-{gate}": (no_decay_at_all, (float(value), gate))
+        for gate in ("token", "channel")
+        for value in ("0.1", "nan")
+    },
     **{f"strengths-{dtype}-{kind}": (strengths, (kind, dtype)) for dtype in DTYPES for kind in ("zero", "tiny")},
     **{f"repeated-{dtype}-{gate}": (repeated, (dtype, gate)) for dtype in DTYPES for gate in ("none", "channel")},
     **{
@@ -382,6 +509,12 @@ CHECKS = {
     "compiled-channel": (compiled, ("channel",)),
     "registered": (registered, ()),
     "second_derivative": (second_derivative, ()),
+    **{f"fused-{dtype}-{name}": (fused, (*c[:3], dtype, *c[3:])) for dtype in DTYPES for name, c in FUSED.items()},
+    **{f"fused_packed-{dtype}": (fused_packed, (dtype,)) for dtype in DTYPES},
+    **{f"fused_lengths-{dtype}": (fused_lengths, (dtype,)) for dtype in DTYPES},
+    "fused_poisoned": (fused_poisoned, ()),
+    "fused_compiled": (fused_compiled, ()),
+    "fused_registered": (fused_registered, ()),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from latentcot.kernels.delta_rule.fused import gated_delta_net
 
 pytest.importorskip("triton", reason="Triton is not installed, so there is no interpreter to run the kernels in")
 
@@ -82,8 +85,17 @@ def test_extreme_gates(kind, gate, results):
 
 
 @pytest.mark.parametrize("gate", ["token", "channel"])
-def test_everything_forgotten(gate, results):
-    assert_close(found_in(results, f"forgotten-{gate}"))
+@pytest.mark.parametrize("rate", [8, 30])
+def test_everything_forgotten(rate, gate, results):
+    """Gradients of gates of 1e-13, too, have their digits."""
+    assert_close(found_in(results, f"forgotten-{rate}-{gate}"))
+
+
+@pytest.mark.parametrize("gate", ["token", "channel"])
+@pytest.mark.parametrize("value", ["0.1", "nan"])
+def test_what_is_no_log_decay_shows(value, gate, results):
+    """Everything from the token on is NaN, in its own row and nowhere else."""
+    assert results[f"no_decay-{value}-{gate}"] == [1, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -161,3 +173,78 @@ def test_registration(results):
 
 def test_second_derivatives_raise(results):
     assert "no autograd formula was registered" in results["second_derivative"]
+
+
+FUSED = ("S5", "S39", "S71", "S135", "S300")
+FUSED_GATES = ("d_a", "d_A_log", "d_dt_bias")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", [*(f"fused-{{}}-{case}" for case in FUSED), "fused_packed-{}", "fused_lengths-{}"])
+def test_fused_mixer_is_the_composition(case, dtype, results):
+    """Norms and gates inside the kernels, against l2_norm and delta_rule in float64."""
+    found = found_in(results, case.format(dtype))
+    assert len(found) == 10
+    others, gates = TOLERANCE[dtype]
+    for quantity, error in found.items():
+        assert error < (gates if quantity in FUSED_GATES else others), f"{quantity}: relative RMS {error:.2e}"
+
+
+def test_fused_mixer_writes_every_output(results):
+    found = found_in(results, "fused_poisoned")
+    assert len(found) == 10
+    assert not any(found.values()), found
+
+
+def test_fused_mixer_is_one_graph_under_the_compiler(results):
+    found = found_in(results, "fused_compiled")
+    assert len(found) == 10
+    assert all(found.values()), found
+
+
+def test_registration_of_the_fused_mixer(results):
+    found = found_in(results, "fused_registered")
+    assert len(found) == 7
+    assert set(found.values()) == {"SUCCESS"}, found
+
+
+def mixer_inputs(S=21, K=8, V=12, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    H, Hv = 2, 4
+    shapes = {"q": (2, S, H, K), "k": (2, S, H, K), "v": (2, S, Hv, V), "a": (2, S, Hv), "b": (2, S, Hv)}
+    shapes |= {"A_log": (Hv,), "dt_bias": (Hv,)}
+    return {n: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for n, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_mixer_on_the_cpu_is_the_definition(doubled):
+    """Written out token by token, without the operators that it composes."""
+    inputs = mixer_inputs()
+    q, k, v, a, b, A_log, dt_bias = inputs.values()
+    o, state = gated_delta_net(*inputs.values(), allow_neg_eigval=doubled, output_state=True)
+    memory, expected = torch.zeros(2, 4, 8, 12, dtype=torch.float64), []
+    for t in range(q.shape[1]):
+        query, key = ((x[:, t] / (x[:, t].square().sum(-1, keepdim=True) + 1e-6).sqrt()) for x in (q, k))
+        query, key = query.repeat_interleave(2, 1), key.repeat_interleave(2, 1)
+        beta = (1 + doubled) / (1 + torch.exp(-b[:, t]))
+        decay = torch.exp(-A_log.exp() * torch.log1p(torch.exp(a[:, t] + dt_bias)))
+        memory = decay[..., None, None] * memory
+        write = beta[..., None] * (v[:, t] - torch.einsum("bhk,bhkv->bhv", key, memory))
+        memory = memory + key[..., None] * write[..., None, :]
+        expected.append(8**-0.5 * torch.einsum("bhk,bhkv->bhv", query, memory))
+    expected = torch.stack(expected, 1)
+    torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state, memory, rtol=1e-10, atol=1e-12)
+    actual = torch.autograd.grad(o.square().sum() + state.sum(), list(inputs.values()))
+    wanted = torch.autograd.grad(expected.square().sum() + memory.sum(), list(inputs.values()))
+    for found, reference in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-8, atol=1e-10)
+
+
+def test_mixer_names_what_does_not_fit():
+    inputs = {n: t.detach() for n, t in mixer_inputs().items()}
+    for name, letters in (("a", r"\[B,S,H_v\]"), ("A_log", r"\[H_v\]"), ("dt_bias", r"\[H_v\]"), ("k", r"\[B,S,H,K\]")):
+        with pytest.raises(ValueError, match=rf"gated_delta_net: {name} has shape .* expected {letters}"):
+            gated_delta_net(**{**inputs, name: inputs[name][..., None, :]})
+    with pytest.raises(TypeError, match=r"gated_delta_net: b has dtype torch\.int64"):
+        gated_delta_net(**{**inputs, "b": inputs["b"].long()})
