@@ -18,6 +18,7 @@ from latentcot.kernels.delta_rule.triton_plan import (
     config,
     count,
     inverse_precision,
+    options,
     pieces,
     strides,
     sum_dtype,
@@ -25,8 +26,8 @@ from latentcot.kernels.delta_rule.triton_plan import (
 )
 from latentcot.kernels.launch import power_of_two
 
-# pyright: reportCallIssue=false
-# Triton's launch options (num_warps, num_stages) are not parameters of the kernels.
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Triton's launch options (num_warps and so on) are not parameters of the kernels.
 
 
 def _scaled(
@@ -79,7 +80,7 @@ def forward(
         reads, erases, writings, v, solved[0], solved[1], sums, strengths, initial, o, last, writes, kept,
         offsets, windows, scale, T, Hv, K, V, *strides(v),
         C=C, WIDTH=K_wide, BLOCK=shape.block, WINDOW=WINDOW // C, HAS_STATE=initial is not None, KEEP=keep,
-        PRECISION=PRECISION, num_warps=shape.warps, num_stages=shape.stages,
+        PRECISION=PRECISION, **options(shape, q.dtype),
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def backward(
         reads, erases, writings, v, solved[0], solved[1], sums, strengths, d_o, d_last, targets, d_v, d_initial,
         products, offsets, scale, T, Hv, K, V, *strides(v), *strides(d_o),
         C=C, WIDTH=power_of_two(K), BLOCK=shape.block, HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **options(shape, q.dtype),
     )  # fmt: skip
     del reads, erases, writings
 
@@ -140,13 +141,13 @@ def backward(
         q, k, sums, strengths, initial, writes, targets, d_o, d_q, d_k, gates, erase_products, offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=C, LEVELS=levels, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, HAS_STATE=has_state,
-        PRECISION=PRECISION, num_warps=left.warps, num_stages=left.stages,
+        PRECISION=PRECISION, **options(left, q.dtype),
     )  # fmt: skip
     channel_right_kernel[grid](
         q, k, sums, strengths, initial, d_last, kept, writes, targets, d_o, d_k, gates, starts, offsets, windows,
         scale, T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=C, LEVELS=levels, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, WINDOW=WINDOW // C,
-        HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION, num_warps=right.warps, num_stages=right.stages,
+        HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),
     )  # fmt: skip
     block = min(power_of_two(K), 64)
     channel_gates_kernel[(window_count * Hv * triton.cdiv(K, block),)](

@@ -27,7 +27,7 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
     short = dtype.itemsize == 2
     family = kernel.rpartition("_")[0]
     if not short:  # every product of float32 is unrolled into scalar steps: only small tiles fit the registers
-        default = Launch(16, 16, 8, 2 if max(K_wide, V_wide) <= 128 else 1)
+        default = Launch(16, 16, 8, 1)
     elif family == "delta_channel":
         chunk = 32 if max(K_wide, V_wide) <= 128 else 16
         wide, narrow = (K_wide, V_wide) if kernel.endswith(("forward", "reverse")) else (V_wide, K_wide)
@@ -47,6 +47,12 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
     if kernel == f"{family}_right":
         found = found._replace(block=config(f"{family}_left", K, V, dtype, device).block)
     return found
+
+
+def options(shape: Launch, dtype: torch.dtype) -> dict[str, int]:
+    """Launch options. Unless told how many registers there are, ptxas settles for 32 in some float32 kernels and spills."""
+    found = {"num_warps": shape.warps, "num_stages": shape.stages}
+    return found | {"maxnreg": 255} if dtype == torch.float32 else found
 
 
 def cut(offsets: Tensor, size: int, pieces: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from latentcot.kernels.delta_rule.triton_plan import (
     config,
     count,
     inverse_precision,
+    options,
     pieces,
     strides,
     sum_dtype,
@@ -29,8 +30,8 @@ from latentcot.kernels.launch import power_of_two
 
 EPS = 1e-6  # of the L2 norm, inside the root
 
-# pyright: reportCallIssue=false
-# Triton's launch options (num_warps, num_stages) are not parameters of the kernels.
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Triton's launch options (num_warps and so on) are not parameters of the kernels.
 
 
 class Raw(NamedTuple):
@@ -81,7 +82,7 @@ def forward(
         T, Hv, K, V, *strides(q), *strides(k), *strides(v),
         C=shape.chunk, GROUP=Hv // H, WIDTH=K_wide, BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
         GATED=gated, NORM=norms is not None, HAS_STATE=initial is not None, KEEP=keep, PRECISION=PRECISION,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **options(shape, q.dtype),
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def backward(
         T, window_count, Hv, K, V, *strides(q), *strides(k), *strides(v), *strides(d_o),
         C=shape.chunk, GROUP=m, WIDTH=power_of_two(K), BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
         GATED=gated, NORM=norms is not None, HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION,
-        num_warps=shape.warps, num_stages=shape.stages,
+        **options(shape, q.dtype),
     )  # fmt: skip
 
     left, right = (config(name, K, V, q.dtype, q.device) for name in ("delta_left", "delta_right"))
@@ -143,13 +144,13 @@ def backward(
         q, k, sums, strengths, norms, initial, writes, targets, d_o, d_q, d_k, products[0], products[1], offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=left.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, GATED=gated,
-        NORM=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, num_warps=left.warps, num_stages=left.stages,
+        NORM=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, **options(left, q.dtype),
     )  # fmt: skip
     right_kernel[grid](
         q, k, sums, strengths, norms, d_last, writes, targets, d_o, d_k, products[2], offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=right.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=right.block, GATED=gated,
-        NORM=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, num_warps=right.warps, num_stages=right.stages,
+        NORM=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),
     )  # fmt: skip
     d_beta = new(B, S, Hv, dtype=beta.dtype)
     d_decay = new(0) if log_decay is None else new(B, S, Hv, dtype=log_decay.dtype)
