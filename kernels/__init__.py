@@ -27,18 +27,22 @@ if __name__ == "kernels":  # found under its bare name from a checkout's root: t
         sys.modules["kernels"] = _this
         warnings.warn(f"the other distribution named 'kernels' could not be imported: {_error!r}", stacklevel=2)
 else:
+    from latentcot.kernels.blocks import Stream
     from latentcot.kernels.convolution import short_convolution
     from latentcot.kernels.decay_attention.op import decay_attention
     from latentcot.kernels.delta_rule.op import delta_rule
     from latentcot.kernels.dispatch import explain_backend
     from latentcot.kernels.gated_scan.op import gated_scan
     from latentcot.kernels.normalisation import l2_norm
+    from latentcot.kernels.two_stream import block_two_stream
     from latentcot.kernels.visibility import Bidirectional, BlockCausal, Causal
 
     __all__ = [
         "Bidirectional",
         "BlockCausal",
         "Causal",
+        "Stream",
+        "block_two_stream",
         "decay_attention",
         "delta_rule",
         "explain_backend",

@@ -1,10 +1,12 @@
 """Checks of arguments, shared by the operators: each raises before any computation, naming given and expected."""
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def check_tensors(operator: str, **tensors: Tensor | None) -> None:
@@ -35,17 +37,20 @@ def check_dims(operator: str, name: str, tensor: Tensor, letters: str) -> None:
         raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {letters}")
 
 
-def check_decay(operator: str, log_decay: Tensor) -> None:
-    """No log-decay is above zero.
+def check_decay(operator: str, log_decay: Tensor, *, in_kernel: bool = False) -> None:
+    """No log-decay is above zero; ``in_kernel``: the kernels that follow look themselves.
 
-    One reduction on a CPU. On a GPU reading the answer back would stall the queue at every call, so there the check is
-    a device-side assertion. NaN passes: it shows in the output and is not for this check to hide or to explain.
+    One reduction on a CPU. On a GPU reading the answer back would stall the queue at every call: there the Triton
+    kernels turn a positive log-decay into NaN and the other back ends make a device-side assertion, unless the
+    environment variable ``LATENTCOT_VALIDATE=1`` asks for the error at the call. NaN passes: it shows in the output and
+    is not for this check to hide or to explain.
     """
     if log_decay.numel() == 0 or torch.compiler.is_compiling():
         return
     log_decay = log_decay.detach()
-    if log_decay.is_cuda:
-        torch._assert_async(~(log_decay > 0).any(), f"{operator}: log_decay must be <= 0")  # pyright: ignore
+    if log_decay.is_cuda and os.environ.get("LATENTCOT_VALIDATE") != "1":
+        if not in_kernel:
+            torch._assert_async(~(log_decay > 0).any(), f"{operator}: log_decay must be <= 0")  # pyright: ignore
         return
     largest = float(log_decay.amax())
     if largest > 0:
@@ -83,6 +88,49 @@ def check_offsets(operator: str, cu_seqlens: Tensor, batch: int, length: int) ->
                 f"{operator}: cu_seqlens[{n}] = {start} and cu_seqlens[{n + 1}] = {end}, expected increasing"
             )
     return offsets
+
+
+WIDEST_KEY, WIDEST_VALUE = 256, 512
+
+
+def check_widths(operator: str, K: int, V: int) -> None:
+    """The Triton kernels hold a head's state on chip: K up to 256, V up to 512."""
+    if K > WIDEST_KEY or V > WIDEST_VALUE:
+        raise ValueError(
+            f"{operator}: q, k have K = {K} and v has V = {V}; the Triton kernels take K <= {WIDEST_KEY} and "
+            f"V <= {WIDEST_VALUE}; use more heads, or backend='chunked'"
+        )
+
+
+_counted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # offsets that were checked -> (their version, S)
+
+
+def offset_count(operator: str, cu_seqlens: Tensor | None, batch: int, length: int) -> int:
+    """The number of sequences N, for kernels that read the offsets on the device.
+
+    Offsets are checked as by :func:`check_offsets`, once: the layers of a model share them, and every look at a CUDA
+    tensor waits for the device. Under ``torch.compile`` only their number counts.
+    """
+    if cu_seqlens is None:
+        return batch
+    if torch.compiler.is_compiling():
+        return cu_seqlens.numel() - 1
+    if isinstance(cu_seqlens, Tensor) and _counted.get(cu_seqlens) == (cu_seqlens._version, length) and batch == 1:
+        return cu_seqlens.numel() - 1
+    count = len(check_offsets(operator, cu_seqlens, batch, length)) - 1
+    _counted[cu_seqlens] = (cu_seqlens._version, length)
+    return count
+
+
+def kernel_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which kernels read their matrices: autocast's where it is on, else what holds all of ``tensors``."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

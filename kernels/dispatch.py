@@ -15,7 +15,6 @@ Backend = Literal["auto", "triton", "chunked", "reference"]
 
 OPERATORS = ("gated_scan", "decay_attention", "delta_rule")
 BACKENDS = ("auto", "triton", "chunked", "reference")
-TRITON_OPERATORS = ("gated_scan",)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MINIMUM = (3, 6)
 
@@ -39,8 +38,6 @@ def interpreting() -> bool:
 
 def missing_for_triton(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps ``operator`` from running in Triton on this device and dtype, as a clause; None if nothing does."""
-    if operator not in TRITON_OPERATORS:
-        return f"{operator} has no Triton kernel yet"
     if device.type != "cuda" and not interpreting():
         if not torch.cuda.is_available():
             return f"there is no CUDA device (the tensors are on {device.type})"

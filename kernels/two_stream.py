@@ -90,15 +90,22 @@ def block_two_stream(
         checks.check_shape(NAME, "initial_state", initial_state, "[N,H_v,K,V]", (N, Hv, K, V))
     dtype = checks.compute_dtype(*clean[:3], *noisy[:3])
     chosen = choose_backend(family, clean.q.device, dtype, backend).chosen
+    for x in (clean, noisy):
+        if x.log_decay is not None:
+            checks.check_decay(NAME, x.log_decay, in_kernel=chosen == "triton")
+    wide = dtype
+    if chosen == "triton":
+        checks.check_widths(NAME, K, V)
+        dtype, wide = checks.kernel_dtype(*clean[:3], *noisy[:3]), torch.float32
 
     dtypes = clean.v.dtype, noisy.v.dtype
-    initial_state = None if initial_state is None else initial_state.to(dtype)
+    initial_state = None if initial_state is None else initial_state.to(wide)
     if S == 0 or N == 0:
-        state = clean.q.new_zeros(N, Hv, K, V, dtype=dtype) if initial_state is None else initial_state.clone()
+        state = clean.q.new_zeros(N, Hv, K, V, dtype=wide) if initial_state is None else initial_state.clone()
         empty = [clean.q.new_zeros(B, S, Hv, V, dtype=d) for d in dtypes]
         return empty[0], empty[1], state if output_state else None
     packing = None if offsets is None else Packing(offsets, clean.q.device)
-    clean, noisy = _prepared(clean, dtype, packing), _prepared(noisy, dtype, packing)
+    clean, noisy = _prepared(clean, dtype, wide, packing), _prepared(noisy, dtype, wide, packing)
     with full_precision(clean.q.device):
         o_clean, o_noisy, state = block_streams(
             (decay_attention if family == "decay_attention" else delta_rule).causal_operator(chosen),
@@ -157,14 +164,14 @@ def _check_streams(
     return B, S, K, Hv, V
 
 
-def _prepared(x: Stream, dtype: torch.dtype, packing: Packing | None) -> Stream:
-    """In the dtype of the computation, and sequence by sequence if the rows were packed."""
+def _prepared(x: Stream, dtype: torch.dtype, wide: torch.dtype, packing: Packing | None) -> Stream:
+    """In the dtypes of the computation (gates and beta in ``wide``), and sequence by sequence if the rows were packed."""
     x = Stream(
         x.q.to(dtype),
         x.k.to(dtype),
         x.v.to(dtype),
-        None if x.log_decay is None else x.log_decay.to(dtype),
-        None if x.beta is None else x.beta.to(dtype),
+        None if x.log_decay is None else x.log_decay.to(wide),
+        None if x.beta is None else x.beta.to(wide),
     )
     if packing is None:
         return x

@@ -88,7 +88,8 @@ def _scalar_kernel(
     else:
         seen = rows[:, None] >= rows[None, :]
     if DECAY == 1:  # the same in every chunk
-        per_token = tl.maximum(tl.load(g + h.to(tl.int64) * g_head).to(tl.float32), LOWEST) * LOG2E
+        per_token = tl.load(g + h.to(tl.int64) * g_head).to(tl.float32)
+        per_token = tl.where(per_token > 0, float("nan"), tl.maximum(per_token, LOWEST)) * LOG2E  # growth shows as NaN
         apart = tl.abs(rows[:, None] - rows[None, :]).to(tl.float32)
         decays = tl.where(seen, tl.exp2(per_token * apart), 0.0)
     chunks = tl.cdiv(end - start, C).to(tl.int32)
@@ -133,7 +134,7 @@ def _scalar_kernel(
                 weights *= decays
             else:
                 gates = tl.load(g + t * g_token + h.to(tl.int64) * g_head, mask=valid, other=0.0).to(tl.float32)
-                gates = tl.maximum(gates, LOWEST).to(GATE) * LOG2E
+                gates = tl.where(gates > 0, float("nan"), tl.maximum(gates, LOWEST)).to(GATE) * LOG2E
                 sums = tl.cumsum(gates, 0)
                 whole = tl.sum(gates, 0)
                 up_to = tl.exp2(sums.to(tl.float32))

@@ -81,7 +81,8 @@ def _load_rows(
         k_rows = tl.where(mask, k_rows, 0.0)
     else:
         gates = tl.load(g + g_at, mask=mask, other=0.0).to(tl.float32)
-    return q_rows, k_rows, tl.maximum(gates * LOG2E, LOWEST)
+        gates = tl.where(gates > 0, float("nan"), gates)  # growth shows as NaN
+    return q_rows, k_rows, tl.where(gates < LOWEST, LOWEST, gates) * LOG2E
 
 
 @triton.jit

@@ -54,13 +54,14 @@ def delta_rule(
             time-reversed inputs, gates included (reflections keep their order inside a token);
             ``Bidirectional(combine="gate")``: ``direction_gate * forward + (1 - direction_gate) * backward``;
             ``BlockCausal(length, ...)``: see there.
-        backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
+        backend: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"`` (see
+            :func:`latentcot.kernels.explain_backend`).
         direction_gate: ``[H_v]`` in [0, 1], with ``combine="gate"``, and instead of the average with
             ``BlockCausal(inside="bilinear")`` and ``BlockCausal(inside="decayed")``.
 
     Returns:
         ``(o [B,S,H_v,V], state [N,H_v,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64
-        inputs). Inputs of 16 bits are computed in float32. A padded token with k = 0, beta = 0 and log_decay = 0
+        inputs). Inputs of 16 bits are summed in float32. A padded token with k = 0, beta = 0 and log_decay = 0
         changes nothing.
 
     Raises:
@@ -73,22 +74,32 @@ def delta_rule(
     B, S, K, R, Hv, V = check_tokens(NAME, q, k, v, beta, log_decay)
     check_visibility(NAME, visibility, with_state=initial_state is not None or output_state)
     check_directions(NAME, visibility, direction_gate, Hv, R)
-    offsets = None if cu_seqlens is None else checks.check_offsets(NAME, cu_seqlens, B, S)
-    N = B if offsets is None else len(offsets) - 1
-    if initial_state is not None:
-        checks.check_shape(NAME, "initial_state", initial_state, "[N,H_v,K,V]", (N, Hv, K, V))
     dtype = checks.compute_dtype(q, k, v)
     chosen = choose_backend(NAME, q.device, dtype, backend).chosen
+    if log_decay is not None:
+        checks.check_decay(NAME, log_decay, in_kernel=chosen == "triton")
+    N = checks.offset_count(NAME, cu_seqlens, B, S)
+    if initial_state is not None:
+        checks.check_shape(NAME, "initial_state", initial_state, "[N,H_v,K,V]", (N, Hv, K, V))
+    wide = dtype
+    if chosen == "triton":
+        checks.check_widths(NAME, K, V)
+        dtype, wide = checks.kernel_dtype(q, k, v), torch.float32
 
     out_dtype = v.dtype
-    q, k, v, beta = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype)
-    log_decay = None if log_decay is None else log_decay.to(dtype)
-    initial_state = None if initial_state is None else initial_state.to(dtype)
+    q, k, v, beta = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(wide)
+    log_decay = None if log_decay is None else log_decay.to(wide)
+    initial_state = None if initial_state is None else initial_state.to(wide)
     factor = K**-0.5 if scale is None else float(scale)
-    if S == 0 or N == 0:
-        state = q.new_zeros(N, Hv, K, V) if initial_state is None else initial_state.clone()
+    if S == 0 or N == 0 or v.numel() == 0:
+        state = q.new_zeros(N, Hv, K, V, dtype=wide) if initial_state is None else initial_state.clone()
         return q.new_zeros(B, S, Hv, V, dtype=out_dtype), state if output_state else None
-    packing = None if offsets is None else Packing(offsets, q.device)
+    if chosen == "triton" and isinstance(visibility, Causal) and cu_seqlens is not None:  # stays packed
+        cu_seqlens = cu_seqlens.to(device=q.device, dtype=torch.int64)
+        with full_precision(q.device):
+            o, state = _causal(q, k, v, beta, log_decay, factor, initial_state, output_state, chosen, R, cu_seqlens)
+        return o.to(out_dtype), state
+    packing = None if cu_seqlens is None else Packing(cu_seqlens.tolist(), q.device)
     if packing is not None:
         q, k, v, beta = packing.unpack(q), packing.unpack(k), packing.unpack(v), packing.unpack(beta)
         log_decay = None if log_decay is None else packing.unpack(log_decay)
@@ -125,7 +136,7 @@ def delta_rule(
 def check_tokens(
     name: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
 ) -> tuple[int, int, int, int, int, int]:
-    """(B, S, K, R, H_v, V); raises in the name of ``name`` when a shape does not fit or a log-decay is above zero.
+    """(B, S, K, R, H_v, V); raises in the name of ``name`` when a shape does not fit.
 
     R is 0 when there is no axis for it.
     """
@@ -149,13 +160,11 @@ def check_tokens(
         )
     checks.check_shape(name, "v", v, f"[B,S,{letters}H_v,V]", (B, S, *middle, Hv, V))
     checks.check_shape(name, "beta", beta, f"[B,S,{letters}H_v]", (B, S, *middle, Hv))
-    if log_decay is not None:
-        if tuple(log_decay.shape) not in ((B, S, Hv), (B, S, Hv, K)):
-            raise ValueError(
-                f"{name}: log_decay has shape {tuple(log_decay.shape)}, expected None, [B,S,H_v] = {(B, S, Hv)} "
-                f"or [B,S,H_v,K] = {(B, S, Hv, K)}"
-            )
-        checks.check_decay(name, log_decay)
+    if log_decay is not None and tuple(log_decay.shape) not in ((B, S, Hv), (B, S, Hv, K)):
+        raise ValueError(
+            f"{name}: log_decay has shape {tuple(log_decay.shape)}, expected None, [B,S,H_v] = {(B, S, Hv)} "
+            f"or [B,S,H_v,K] = {(B, S, Hv, K)}"
+        )
     return B, S, K, R, Hv, V
 
 
@@ -203,6 +212,7 @@ def _causal(
     output_state: bool,
     chosen: str,
     R: int,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     S = q.shape[1]
     if chosen == "reference" or (S == 1 and not torch.is_grad_enabled()):
@@ -215,6 +225,14 @@ def _causal(
             o, state = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], g, scale, initial_state)
             o = o.unsqueeze(1)
         return o, state if output_state else None
+    if chosen == "triton":
+        from latentcot.kernels.delta_rule import triton
+
+        if R > 0:
+            q, k, v, beta, log_decay = _one_reflection_a_token(q, k, v, beta, log_decay, R)
+            cu_seqlens = None if cu_seqlens is None else cu_seqlens * R
+        o, state = triton.delta_rule(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens)
+        return (o if R == 0 else o[:, R - 1 :: R]), state if output_state else None
     Hv = v.shape[-2]
     if Hv != q.shape[2]:
         q = q.repeat_interleave(Hv // q.shape[2], dim=2)
