@@ -28,12 +28,15 @@ if __name__ == "kernels":  # found under its bare name from a checkout's root: t
         warnings.warn(f"the other distribution named 'kernels' could not be imported: {_error!r}", stacklevel=2)
 else:
     from latentcot.kernels.blocks import Stream
-    from latentcot.kernels.convolution import short_convolution
+    from latentcot.kernels.convolution import short_convolution, short_convolution_qkv
+    from latentcot.kernels.decay_attention.fused import hgrn2_attention
     from latentcot.kernels.decay_attention.op import decay_attention
+    from latentcot.kernels.delta_rule.fused import gated_delta_net
     from latentcot.kernels.delta_rule.op import delta_rule
     from latentcot.kernels.dispatch import explain_backend
+    from latentcot.kernels.gated_scan.fused import hgrn_scan
     from latentcot.kernels.gated_scan.op import gated_scan
-    from latentcot.kernels.normalisation import l2_norm
+    from latentcot.kernels.normalisation import gated_rms_norm, l2_norm
     from latentcot.kernels.two_stream import block_two_stream
     from latentcot.kernels.visibility import Bidirectional, BlockCausal, Causal
 
@@ -46,7 +49,12 @@ else:
         "decay_attention",
         "delta_rule",
         "explain_backend",
+        "gated_delta_net",
+        "gated_rms_norm",
         "gated_scan",
+        "hgrn2_attention",
+        "hgrn_scan",
         "l2_norm",
         "short_convolution",
+        "short_convolution_qkv",
     ]

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
+from latentcot.kernels.cpu_threads import SHORT, missing_for_compiled
 from latentcot.kernels.visibility import Causal, Visibility, check_visibility
 
-Backend = Literal["auto", "triton", "chunked", "reference"]
+Backend = Literal["auto", "triton", "compiled", "chunked", "reference"]
 
 OPERATORS = ("gated_scan", "decay_attention", "delta_rule")
-BACKENDS = ("auto", "triton", "chunked", "reference")
+BACKENDS = ("auto", "triton", "compiled", "chunked", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MINIMUM = (3, 6)
 
@@ -24,7 +25,7 @@ class BackendChoice:
     """The back end that runs a call, and the reason; ``str()`` is one sentence."""
 
     operator: str
-    chosen: Literal["triton", "chunked", "reference"]
+    chosen: Literal["triton", "compiled", "chunked", "reference"]
     reason: str
 
     def __str__(self) -> str:
@@ -59,6 +60,12 @@ def choose_backend(operator: str, device: torch.device, dtype: torch.dtype, back
     if backend == "chunked" or backend == "reference":
         return BackendChoice(operator, backend, "it was asked for by name")
     if backend == "auto":
+        if device.type == "cpu":
+            missing = missing_for_compiled()
+            if missing is not None:
+                return BackendChoice(operator, "chunked", f"the tensors are on cpu, and {missing}")
+            short = f", where fewer than {SHORT[operator]} tokens take batched products" if SHORT[operator] > 1 else ""
+            return BackendChoice(operator, "compiled", f"the tensors are on cpu and Numba is installed{short}")
         if device.type != "cuda":
             return BackendChoice(
                 operator, "chunked", f"the tensors are on {device.type} and Triton kernels need a CUDA device"
@@ -69,6 +76,11 @@ def choose_backend(operator: str, device: torch.device, dtype: torch.dtype, back
                 operator, "triton", "the tensors are on a CUDA device and the operator has a Triton kernel"
             )
         return BackendChoice(operator, "chunked", missing)
+    if backend == "compiled":
+        missing = missing_for_compiled() if device.type == "cpu" else f"the tensors are on {device.type}, not on cpu"
+        if missing is not None:
+            raise ValueError(f"{operator}: backend='compiled' cannot run: {missing}; use backend='chunked' or 'auto'")
+        return BackendChoice(operator, "compiled", "it was asked for by name")
     if backend == "triton":
         missing = missing_for_triton(operator, device, dtype)
         if missing is not None:
@@ -91,8 +103,8 @@ def explain_backend(
     what the call would raise: ValueError for an unknown back end, for ``backend="triton"`` where a part is missing, and
     for a visibility that the operator does not define.
 
-    >>> print(explain_backend("delta_rule", device="cpu", dtype=torch.float32))
-    delta_rule runs on the chunked back end because the tensors are on cpu and Triton kernels need a CUDA device.
+    >>> print(explain_backend("gated_scan", device="cpu", dtype=torch.float32))
+    gated_scan runs on the compiled back end because the tensors are on cpu and Numba is installed.
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
     if name not in OPERATORS:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from latentcot.kernels import checks
 from latentcot.kernels.blocks import CausalOperator, Stream, block_streams
+from latentcot.kernels.cpu_threads import missing_for_compiled, worth_compiling
 from latentcot.kernels.decay_attention import chunked, reference
 from latentcot.kernels.decay_attention.step import decay_attention_step
 from latentcot.kernels.dispatch import Backend, choose_backend, full_precision
@@ -163,7 +164,13 @@ def _causal(
 
         o, state = triton.decay_attention(q, k, v, log_decay, scale, initial_state)
         return o, state if output_state else None
-    o, state = chunked.decay_attention(q, k, v, log_decay, scale, initial_state, output_state=output_state)
+    fits = chosen == "compiled" and worth_compiling(NAME, q.shape[1], log_decay)
+    if fits and missing_for_compiled(q, k, v, log_decay, initial_state) is None:
+        from latentcot.kernels.cpu_decay_attention import decay_attention as run_compiled
+
+        o, state = run_compiled(q, k, v, log_decay, scale, initial_state, output_state=output_state)
+    else:
+        o, state = chunked.decay_attention(q, k, v, log_decay, scale, initial_state, output_state=output_state)
     return o, state if output_state else None
 
 

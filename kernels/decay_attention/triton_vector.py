@@ -33,6 +33,7 @@ from latentcot.kernels.launch import Launch, launch_shape, power_of_two
 WINDOW = 64
 LOWEST = tl.constexpr(-200.0)  # in base 2: exp2 of it is zero in float32
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 GROUP = 64
 # decay of a chunk, in base 2, up to which rows may be scaled from its middle: factors up to 2^60 on either side
 SPREAD = tl.constexpr(120.0)
@@ -47,12 +48,14 @@ def _log1p_small(x):
 @triton.jit
 def hgrn_gate(f, bound):
     """(log alpha, 1 - alpha) of alpha = bound + (1 - bound) sigmoid(f), each without cancellation."""
-    small = tl.exp(-tl.abs(f))
-    log1p_small = tl.where(small < 0.02, _log1p_small(small), tl.log(1.0 + small))
-    log_sigmoid = tl.minimum(f, 0.0) - log1p_small
-    key = (1.0 - bound) * tl.where(f > 0, small, 1.0) / (1.0 + small)
-    log_alpha = tl.where(key < 0.02, _log1p_small(-key), tl.log(tl.maximum(1.0 - key, 1e-30)))
-    return tl.where(bound > 0, log_alpha, log_sigmoid), key
+    away = tl.exp2(-tl.abs(f) * LOG2E)
+    near = tl.fdiv(1.0, 1.0 + away)
+    positive = tl.where(f > 0, near, away * near)  # sigmoid(f)
+    key = (1.0 - bound) * tl.where(f > 0, away * near, near)
+    log_alpha = tl.log2(tl.maximum(bound + (1.0 - bound) * positive, 1e-30)) * LN2
+    # sigmoid(f) itself leaves float32 below f = -69; its logarithm is f there
+    log_alpha = tl.where((bound == 0) & (f < -60.0), f, log_alpha)
+    return tl.where(key < 0.02, _log1p_small(-key), log_alpha), key
 
 
 @triton.jit
@@ -76,7 +79,7 @@ def _load_rows(
     k_rows = tl.load(k + k_at, mask=mask, other=0.0).to(tl.float32)
     if HGRN2:
         gates, k_rows = hgrn_gate(k_rows, bound_at)
-        q_rows = q_rows / (1.0 + tl.exp(-q_rows))
+        q_rows = tl.fdiv(q_rows, 1.0 + tl.exp2(-q_rows * LOG2E))
         gates = tl.where(mask, gates, 0.0)
         k_rows = tl.where(mask, k_rows, 0.0)
     else:

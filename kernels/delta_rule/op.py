@@ -5,6 +5,7 @@ from torch import Tensor
 
 from latentcot.kernels import checks
 from latentcot.kernels.blocks import CausalOperator, Stream, block_streams
+from latentcot.kernels.cpu_threads import missing_for_compiled, worth_compiling
 from latentcot.kernels.delta_rule import chunked, reference
 from latentcot.kernels.delta_rule.step import delta_rule_step
 from latentcot.kernels.dispatch import Backend, choose_backend, full_precision
@@ -239,7 +240,13 @@ def _causal(
         k = k.repeat_interleave(Hv // k.shape[-2], dim=-2)
     if R > 0:
         q, k, v, beta, log_decay = _one_reflection_a_token(q, k, v, beta, log_decay, R)
-    o, state = chunked.delta_rule(q, k, v, beta, log_decay, scale, initial_state, output_state=output_state)
+    fits = chosen == "compiled" and worth_compiling(NAME, q.shape[1], log_decay)
+    if fits and missing_for_compiled(q, k, v, beta, log_decay, initial_state) is None:
+        from latentcot.kernels.cpu_delta_rule import delta_rule as run_compiled
+
+        o, state = run_compiled(q, k, v, beta, log_decay, scale, initial_state, output_state=output_state)
+    else:
+        o, state = chunked.delta_rule(q, k, v, beta, log_decay, scale, initial_state, output_state=output_state)
     return (o if R == 0 else o[:, R - 1 :: R]), state if output_state else None
 
 

@@ -59,11 +59,11 @@ def hgrn_scan(
         x, log_decay = _gates(i.to(dtype), f.to(dtype), None if lower_bound is None else lower_bound.to(dtype))
         o, state = gated_scan(
             x, log_decay, initial_state=initial_state, output_state=output_state, cu_seqlens=cu_seqlens,
-            backend="reference" if chosen == "reference" else "chunked",
+            backend=chosen,
         )  # fmt: skip
         return o.to(i.dtype), state
 
-    N = B if cu_seqlens is None else len(checks.check_offsets(NAME, cu_seqlens, B, S)) - 1
+    N = checks.offset_count(NAME, cu_seqlens, B, S)
     if initial_state is not None:
         checks.check_shape(NAME, "initial_state", initial_state, "[N,D]", (N, D))
         initial_state = initial_state.float()

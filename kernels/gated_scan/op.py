@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from latentcot.kernels import checks
+from latentcot.kernels.cpu_threads import missing_for_compiled
 from latentcot.kernels.dispatch import Backend, choose_backend
 from latentcot.kernels.gated_scan import chunked, reference
 from latentcot.kernels.gated_scan.step import gated_scan_step
@@ -49,14 +50,12 @@ def gated_scan(
     check_visibility(NAME, visibility, with_state=False)
     if not isinstance(visibility, Causal):
         raise ValueError(f"{NAME}: Bidirectional is not defined for this operator")
-    offsets = None if cu_seqlens is None else checks.check_offsets(NAME, cu_seqlens, B, S)
-    N = B if offsets is None else len(offsets) - 1
+    N = checks.offset_count(NAME, cu_seqlens, B, S)
     if initial_state is not None:
         checks.check_shape(NAME, "initial_state", initial_state, "[N,D]", (N, D))
     dtype = checks.compute_dtype(x, log_decay)
     chosen = choose_backend(NAME, x.device, dtype, backend).chosen
-    if chosen != "triton" or not log_decay.is_cuda:  # a pass over the gates, where the kernels turn growth into NaN
-        checks.check_decay(NAME, log_decay)
+    checks.check_decay(NAME, log_decay, in_kernel=chosen == "triton")
 
     if initial_state is not None:
         initial_state = initial_state.to(dtype)
@@ -69,7 +68,7 @@ def gated_scan(
         o, state = scan_forward(x, log_decay, initial_state, cu_seqlens)
         return o, state if output_state else None
 
-    packing = None if offsets is None else Packing(offsets, x.device)
+    packing = None if cu_seqlens is None else Packing(cu_seqlens.tolist(), x.device)
     wide, log_decay = x.to(dtype), log_decay.to(dtype)
     if packing is not None:
         wide, log_decay = packing.unpack(wide), packing.unpack(log_decay)
@@ -78,6 +77,10 @@ def gated_scan(
     elif wide.shape[1] == 1 and not torch.is_grad_enabled():
         step, state = gated_scan_step(wide[:, 0], log_decay[:, 0], initial_state)
         o = step.unsqueeze(1)
+    elif chosen == "compiled" and missing_for_compiled(wide, log_decay, initial_state) is None:
+        from latentcot.kernels.cpu_gated_scan import gated_scan as run_compiled
+
+        o, state = run_compiled(wide, log_decay, initial_state)
     else:
         o, state = chunked.gated_scan(wide, log_decay, initial_state)
     if packing is not None:
