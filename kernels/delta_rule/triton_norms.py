@@ -1,4 +1,4 @@
-r"""What is left of the L2 norm's backward: with :math:`y = r x` and :math:`\tilde d = r\, dy` from the walks,
+r"""The L2 norms of queries and keys, and what is left of their backward: with :math:`y = r x` and :math:`\tilde d = r\, dy` from the walks,
 
 .. math:: dx = r (dy - y (y \cdot dy)) = \tilde d - r^2 x (x \cdot \tilde d),
 
@@ -9,6 +9,30 @@ import triton
 import triton.language as tl
 
 from latentcot.kernels.delta_rule.triton_tiles import load_tile, store_tile
+
+
+@triton.jit
+def norm_kernel(
+    x, norms,
+    T,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    x_token: tl.constexpr,
+    x_head: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    """``norms [HEADS,T]``: (sum of squares + EPS)^(-1/2) of every row of x ``[T,HEADS,K]``."""
+    head = tl.program_id(0) % HEADS
+    first = (tl.program_id(0) // HEADS).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    inside = first + row < T
+    key = tl.arange(0, WIDTH)
+    tile = load_tile(x + first * x_token + head.to(tl.int64) * x_head, row * x_token, key, inside, key < K)
+    tile = tile.to(tl.float32)
+    norm = 1.0 / tl.sqrt(tl.sum(tile * tile, axis=1) + EPS)
+    tl.store(norms + head.to(tl.int64) * T + first + row, norm, mask=inside)
 
 
 @triton.jit

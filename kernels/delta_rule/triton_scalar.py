@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from latentcot.kernels.delta_rule.triton_keys import finish_kernel, left_kernel, right_kernel
-from latentcot.kernels.delta_rule.triton_norms import norm_backward_kernel
+from latentcot.kernels.delta_rule.triton_norms import norm_backward_kernel, norm_kernel
 from latentcot.kernels.delta_rule.triton_plan import (
     PRECISION,
     WINDOW,
@@ -70,11 +70,16 @@ def forward(
     K_wide = power_of_two(K)
     gated, norms = log_decay is not None, None if raw is None else raw.norms
     log_rate, bias, largest = (None, None, 1.0) if raw is None else (raw.log_rate, raw.bias, raw.largest)
+    if norms is not None:
+        for x, lengths in ((q, norms[0]), (k, norms[1])):
+            norm_kernel[(triton.cdiv(T, 16) * H,)](
+                x, lengths, T, H, K, *strides(x), WIDTH=K_wide, ROWS=16, EPS=EPS, num_warps=4
+            )
     solve_kernel[(chunks * Hv,)](
-        q, k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
-        T, N, Hv, K, *strides(q), *strides(k), beta.stride(1), 0 if log_decay is None else log_decay.stride(1),
+        k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
+        T, N, Hv, K, *strides(k), beta.stride(1), 0 if log_decay is None else log_decay.stride(1),
         C=shape.chunk, GROUP=Hv // H, WIDTH=K_wide, BLOCK=min(K_wide, 64), GATED=gated, RAW=raw is not None,
-        LARGEST=largest, NORM=norms is not None, EPS=EPS, SUM_DTYPE=sum_dtype(q.dtype), PRECISION=PRECISION,
+        LARGEST=largest, NORM=norms is not None, SUM_DTYPE=sum_dtype(q.dtype), PRECISION=PRECISION,
         INVERSE=inverse_precision(q), num_warps=1, num_stages=1,
     )  # fmt: skip
     forward_kernel[(triton.cdiv(V, shape.block) * Hv * N,)](

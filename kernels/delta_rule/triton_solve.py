@@ -34,19 +34,6 @@ def softplus(x):
 
 
 @triton.jit
-def _reciprocal_norms(
-    x, rows, rows_inside, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr
-):
-    """(sum of squares + EPS)^(-1/2) of 16 rows."""
-    squares = tl.zeros([16], dtype=tl.float32)
-    for part in tl.static_range(WIDTH // BLOCK):
-        column = part * BLOCK + tl.arange(0, BLOCK)
-        tile = load_tile(x, rows, column, rows_inside, column < K).to(tl.float32)
-        squares += tl.sum(tile * tile, axis=1)
-    return 1.0 / tl.sqrt(squares + EPS)
-
-
-@triton.jit
 def _gates(
     beta, log_decay, sums, strengths, begin, end, before, rate, bias, beta_token, gate_token,
     GATED: tl.constexpr,
@@ -112,12 +99,10 @@ def _invert(A, PRECISION: tl.constexpr):
 
 @triton.jit
 def solve_kernel(
-    q, k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
+    k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
     T, N,
     HEADS: tl.constexpr,
     K: tl.constexpr,
-    q_token: tl.constexpr,
-    q_head: tl.constexpr,
     k_token: tl.constexpr,
     k_head: tl.constexpr,
     beta_token: tl.constexpr,
@@ -130,7 +115,6 @@ def solve_kernel(
     RAW: tl.constexpr,
     LARGEST: tl.constexpr,
     NORM: tl.constexpr,
-    EPS: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -141,8 +125,8 @@ def solve_kernel(
     each sequence.
 
     With ``RAW`` beta is LARGEST·sigmoid of what ``beta`` holds and the log-decay -e^log_rate·softplus(``log_decay`` +
-    bias), both ``[HEADS]``. With ``NORM`` q and k are not unit vectors yet: their reciprocal lengths are used here and
-    written for the walks, ``norms [2,H,T]``.
+    bias), both ``[HEADS]``. With ``NORM`` k does not hold unit vectors yet: the reciprocal lengths of q and k are in
+    ``norms [2,H,T]``.
     """
     chunk = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -223,32 +207,17 @@ def solve_kernel(
     one = tl.full([16], 1.0, dtype=tl.float32)
     c0, c1, c2, c3 = one, one, one, one
     if NORM:
-        c0 = _reciprocal_norms(k, rows, row < left, K, WIDTH, BLOCK, EPS)
+        norms += (HEADS // GROUP + head // GROUP).to(tl.int64) * T + first
+        c0 = tl.load(norms + row, mask=row < left, other=0.0)
         b0 *= c0
         if C > 16:
-            c1 = _reciprocal_norms(k + step, rows, row + 16 < left, K, WIDTH, BLOCK, EPS)
+            c1 = tl.load(norms + 16 + row, mask=row + 16 < left, other=0.0)
             b1 *= c1
         if C > 32:
-            c2 = _reciprocal_norms(k + 2 * step, rows, row + 32 < left, K, WIDTH, BLOCK, EPS)
-            c3 = _reciprocal_norms(k + 3 * step, rows, row + 48 < left, K, WIDTH, BLOCK, EPS)
+            c2 = tl.load(norms + 32 + row, mask=row + 32 < left, other=0.0)
+            c3 = tl.load(norms + 48 + row, mask=row + 48 < left, other=0.0)
             b2 *= c2
             b3 *= c3
-        if head % GROUP == 0:  # one value head of the group writes for all of them
-            q += first * q_token + (head // GROUP).to(tl.int64) * q_head
-            norms += (head // GROUP).to(tl.int64) * T + first
-            keys = norms + tl.full([], HEADS // GROUP, dtype=tl.int64) * T
-            for part in tl.static_range(C // 16):
-                rows_inside = row + part * 16 < left
-                lengths = _reciprocal_norms(
-                    q + part * sixteen * q_token, row * q_token, rows_inside, K, WIDTH, BLOCK, EPS
-                )  # fmt: skip
-                tl.store(norms + part * 16 + row, lengths, mask=rows_inside)
-            tl.store(keys + row, c0, mask=row < left)
-            if C > 16:
-                tl.store(keys + 16 + row, c1, mask=row + 16 < left)
-            if C > 32:
-                tl.store(keys + 32 + row, c2, mask=row + 32 < left)
-                tl.store(keys + 48 + row, c3, mask=row + 48 < left)
 
     solved += (first * HEADS + head) * C
     rows = row * HEADS * C
