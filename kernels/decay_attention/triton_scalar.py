@@ -25,6 +25,11 @@ The gradient of a gate is :math:`dg_t = \sum_{t' \ge t} (q \cdot dq - k \cdot dk
 inside windows of 256 tokens; what lies beyond a window's end is :math:`\langle S, dS \rangle` there, exact from the stored S.
 """
 
+# Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# A condition on a constexpr is decided when a kernel is compiled, one on a number when it runs: they stay apart.
+# ruff: noqa: SIM102
+
 from typing import Any
 
 import torch

@@ -1,9 +1,10 @@
 r"""Decay attention in Triton with one decay per key channel.
 
 The weight of token j seen from token i differs in every channel, :math:`D_{ij\kappa} = \exp(\sum_{j<t\le i} g_{t\kappa})`, so
-:math:`A_{ij} = s \sum_\kappa q_{i\kappa} k_{j\kappa} D_{ij\kappa}` is no plain product. A chunk is split in halves again and again: for i in
-a right half and j in the left half before it, the exponent is one sum up to the midpoint for the key and one from there
-for the query, so every level is a matrix product of scaled rows (``segments.py`` has the same scheme for the CPU).
+:math:`A_{ij} = s \sum_\kappa q_{i\kappa} k_{j\kappa} D_{ij\kappa}` is no plain product. A chunk is split in halves again
+and again: for i in a right half and j in the left half before it, the exponent is one sum up to the midpoint for the
+key and one from there for the query, so every level is a matrix product of scaled rows (``segments.py`` has the same
+scheme for the CPU).
 Every exponent is a plain sum of gates, formed as a product with a 0/1 matrix: nothing positive is ever exponentiated,
 nothing cancels, and a full reset costs nothing extra.
 
@@ -19,6 +20,11 @@ Four kernels share the work:
 HGRN2 runs on the same kernels: with ``lower_bound`` given, "k" holds the raw gate f, and q, k and g are made on the
 fly, :math:`\alpha = lb + (1-lb)\sigma(f)`, :math:`k = 1-\alpha`, :math:`g = \log \alpha`, :math:`q \leftarrow \mathrm{silu}(q)`.
 """
+
+# Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# A condition on a constexpr is decided when a kernel is compiled, one on a number when it runs: they stay apart.
+# ruff: noqa: SIM102
 
 from typing import Any
 
