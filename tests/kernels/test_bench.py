@@ -16,6 +16,7 @@ from latentcot.kernels import (
     bench_peers,
     bench_report,
     bench_rows,
+    explain_backend,
     launch,
     tune,
     tune_compile,
@@ -161,7 +162,7 @@ def test_a_row_over_a_sequence_is_complete(dry):
         assert timing["peak_bytes"] is None  # not measured on a CPU
     assert row["ours"]["both"]["bytes"] > row["ours"]["forward"]["bytes"]
     assert set(row["ours"]["errors"]) == {"o", "d_q", "d_k", "d_v", "d_log_decay"}
-    assert "chunked" in row["ours"]["label"]
+    assert row["ours"]["label"] == str(explain_backend("decay_attention", device="cpu", dtype=torch.float32))
 
 
 def test_every_plain_row_is_the_definition(dry):

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from latentcot import kernels
-from latentcot.kernels import Bidirectional, BlockCausal, decay_attention, delta_rule, explain_backend, gated_scan
+from latentcot.kernels import (
+    Bidirectional,
+    BlockCausal,
+    cpu_threads,
+    decay_attention,
+    delta_rule,
+    explain_backend,
+    gated_scan,
+)
+from latentcot.kernels.gated_scan import chunked as scan_chunked
 
 
 def tensors(**changes):
@@ -122,7 +131,7 @@ def test_bad_types_raise():
         gated_scan(torch.randn(2, 5, 4), -torch.rand(2, 5, 3))
 
 
-@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "compiled", "chunked", "reference"])
 def test_an_empty_sequence_keeps_the_state(backend, random_inputs):
     for function in (gated_scan, decay_attention, delta_rule):
         arguments = random_inputs(function.__name__, 2, 0, 2, 4, 3)
@@ -150,37 +159,89 @@ def test_a_returned_state_is_never_an_input_or_output_in_disguise(S, random_inpu
         assert all(torch.equal(arguments[n], before[n]) for n in before)
 
 
-def test_explanations_on_a_cpu():
+@pytest.fixture(params=[True, False], ids=["with-numba", "without-numba"])
+def numba(request, monkeypatch):
+    """Whether Numba is installed, as far as the choice of a back end can tell."""
+    monkeypatch.setattr(cpu_threads, "_numba_installed", lambda: request.param)
+    return request.param
+
+
+def test_explanations_on_a_cpu(numba):
+    short = {"decay_attention": ", where fewer than 64 tokens", "delta_rule": ", where fewer than 32 tokens"}
     for name in ("gated_scan", "decay_attention", "delta_rule"):
         choice = explain_backend(name, device="cpu", dtype=torch.float32)
-        assert choice.chosen == "chunked"
-        assert str(choice) == (
-            f"{name} runs on the chunked back end because the tensors are on cpu and Triton kernels need a CUDA device."
-        )
+        if numba:
+            batched = f"{short[name]} take batched products" if name in short else ""
+            because = f"compiled back end because the tensors are on cpu and Numba is installed{batched}."
+        else:
+            because = (
+                "chunked back end because the tensors are on cpu, and Numba is not installed "
+                "(pip install 'latentcot[cpu]')."
+            )
+        assert choice.chosen == because.split()[0]
+        assert str(choice) == f"{name} runs on the {because}"
         assert explain_backend(name, device="cpu", dtype=torch.float32, backend="reference").chosen == "reference"
     assert explain_backend(delta_rule, device=torch.device("cpu"), dtype=torch.float64).operator == "delta_rule"
     with pytest.raises(AttributeError):
         choice.chosen = "triton"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_explanations_on_a_gpu_that_need_none(monkeypatch):
+def test_the_choice_on_a_cpu_runs(numba, random_inputs, monkeypatch):
+    """Compiled where Numba is, else chunked, which is told by counting the calls; the numbers are the definition's."""
+    calls = []
+
+    def counted(module, form):
+        run = module.gated_scan
+
+        def call(*arguments):
+            calls.append(form)
+            return run(*arguments)
+
+        monkeypatch.setattr(module, "gated_scan", call)
+
+    counted(scan_chunked, "chunked")
+    if numba:
+        counted(pytest.importorskip("latentcot.kernels.cpu_gated_scan"), "compiled")
+    arguments = random_inputs("gated_scan", 2, 9, 1, 4, 4)
+    o, _ = gated_scan(**arguments)
+    assert calls == ["compiled" if numba else "chunked"]
+    torch.testing.assert_close(o, gated_scan(**arguments, backend="reference")[0])
+
+
+def test_asking_for_compiled_names_the_missing_part(numba):
+    x = torch.randn(1, 4, 3)
+    if numba:
+        choice = explain_backend("gated_scan", device="cpu", dtype=torch.float32, backend="compiled")
+        assert (choice.chosen, choice.reason) == ("compiled", "it was asked for by name")
+    else:
+        for call in (gated_scan, lambda x, g, **options: delta_rule(**tensors(), **options)):
+            with pytest.raises(ValueError, match="backend='compiled' cannot run: Numba is not installed"):
+                call(x, -x.abs(), backend="compiled")
+    with pytest.raises(ValueError, match="backend='compiled' cannot run: the tensors are on cuda, not on cpu"):
+        explain_backend("gated_scan", device="cuda", dtype=torch.float32, backend="compiled")
+
+
+@pytest.mark.parametrize("name", ["gated_scan", "decay_attention", "delta_rule"])
+def test_explanations_on_a_gpu_that_need_none(name, monkeypatch):
     """explain_backend answers for a device without touching it."""
     newest = types.ModuleType("triton")
     newest.__version__ = "3.9.0"  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "triton", newest)
-    assert explain_backend("gated_scan", device="cuda", dtype=torch.bfloat16).chosen == "triton"
-    for name in ("decay_attention", "delta_rule"):
-        choice = explain_backend(name, device="cuda", dtype=torch.bfloat16)
-        assert choice.chosen == "chunked"
-        assert f"{name} has no Triton kernel yet" in str(choice)
-    wide = explain_backend("gated_scan", device="cuda", dtype=torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        choice = explain_backend(name, device="cuda", dtype=dtype)
+        assert choice.chosen == "triton"
+        assert str(choice) == (
+            f"{name} runs on the triton back end because the tensors are on a CUDA device and the operator has a "
+            "Triton kernel."
+        )
+    wide = explain_backend(name, device="cuda", dtype=torch.float64)
     assert wide.chosen == "chunked"
     assert "torch.float64" in wide.reason
     newest.__version__ = "3.5.1"  # pyright: ignore[reportAttributeAccessIssue]
-    old = explain_backend("gated_scan", device="cuda", dtype=torch.float32)
+    old = explain_backend(name, device="cuda", dtype=torch.float32)
     assert (old.chosen, old.reason) == ("chunked", "Triton 3.5.1 is older than 3.6")
     monkeypatch.setitem(sys.modules, "triton", None)
-    missing = explain_backend("gated_scan", device="cuda", dtype=torch.float32)
+    missing = explain_backend(name, device="cuda", dtype=torch.float32)
     assert missing.chosen == "chunked"
     assert "Triton is not installed" in missing.reason
     assert not torch.cuda.is_initialized()
@@ -188,16 +249,20 @@ def test_explanations_on_a_gpu_that_need_none(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without CUDA")
 def test_asking_for_triton_names_the_missing_part(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(1, 4, 3)
-    with pytest.raises(ValueError, match="gated_scan: backend='triton' cannot run: there is no CUDA device"):
-        gated_scan(x, -x.abs(), backend="triton")
-    with pytest.raises(ValueError, match="delta_rule has no Triton kernel yet"):
-        delta_rule(**tensors(), backend="triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ValueError, match="Triton is not installed"):
-        gated_scan(x, -x.abs(), backend="triton")
+    calls = {
+        "gated_scan": lambda: gated_scan(x, -x.abs(), backend="triton"),
+        "decay_attention": lambda: attention(backend="triton"),
+        "delta_rule": lambda: delta_rule(**tensors(), backend="triton"),
+    }
+    for name, call in calls.items():
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(ValueError, match=f"{name}: backend='triton' cannot run: there is no CUDA device"):
+            call()
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setitem(sys.modules, "triton", None)
+        with pytest.raises(ValueError, match=f"{name}: backend='triton' cannot run: Triton is not installed"):
+            call()
 
 
 def test_explanations_refuse_what_the_call_would():
@@ -213,7 +278,7 @@ def test_explanations_refuse_what_the_call_would():
 
 def test_block_forms_run_on_every_back_end_of_their_operators():
     for operator in (decay_attention, delta_rule):
-        for backend in ("chunked", "reference"):
+        for backend in ("compiled", "chunked", "reference"):
             choice = explain_backend(
                 operator, device="cpu", dtype=torch.float32, backend=backend, visibility=BlockCausal(4)
             )
@@ -226,11 +291,12 @@ def test_the_public_face():
         assert getattr(kernels, name).__doc__, f"{name} has no docstring"
 
 
-def test_the_example_of_the_readme_runs(capsys):
+def test_the_example_of_the_readme_runs(numba, capsys):
     readme = (Path(__file__).parents[2] / "kernels" / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     names: dict = {}
     exec(example, names)
     whole, _ = delta_rule(names["q"], names["k"], names["v"], names["beta"])
     torch.testing.assert_close(torch.cat([names["o"], names["rest"]], 1), whole, rtol=1e-4, atol=1e-5)
-    assert "delta_rule runs on the chunked back end" in capsys.readouterr().out
+    chosen = "compiled" if numba else "chunked"
+    assert f"delta_rule runs on the {chosen} back end" in capsys.readouterr().out
