@@ -98,12 +98,19 @@ def test_packed_sequences_are_the_loop_over_them(gate, dtype, results):
     assert_close(found_in(results, f"packed-{dtype}-{gate}"), with_gate(ALL, gate), dtype)
 
 
-@pytest.mark.parametrize(
-    ("gate", "dtype"), [("head", "fp32"), *((gate, dtype) for gate in ("token", "channel") for dtype in TOLERANCE)]
-)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gate", GATES[1:])
 def test_strong_gates(gate, dtype, results):
-    """Gates down to -60: far beyond what scaling a chunk from its middle can hold."""
-    assert_close(found_in(results, f"strong-{dtype}-{gate}"), with_gate(ALL, gate), dtype)
+    """Gates down to -60: far beyond what scaling a chunk from its middle can hold.
+
+    Constants of -14 and -35 leave 1e-6 and less of the initial state, where float16 has no digits: its gradient is
+    compared in float32 alone.
+    """
+    found, expected = found_in(results, f"strong-{dtype}-{gate}"), with_gate(ALL, gate)
+    if (gate, dtype) == ("head", "fp16"):
+        assert found.pop("d_initial_state") < 1
+        expected.remove("d_initial_state")
+    assert_close(found, expected, dtype)
 
 
 @pytest.mark.parametrize("gate", ["token", "channel"])
