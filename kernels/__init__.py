@@ -1,8 +1,8 @@
-"""Operators: gated scan, decay attention, delta rule, and the short convolution and L2 norm around them.
+"""Operators: gated scan, decay attention, delta rule, and the short convolution and norms around them.
 
 Three families serve the linear token mixers of the library: :func:`gated_scan`, :func:`decay_attention` and
-:func:`delta_rule`. Each exists step by step (the definition) and chunk-parallel in PyTorch, the scan in Triton too;
-equations and a table of the back ends are in ``README.md`` beside this file. Shape letters: B batch, S sequence,
+:func:`delta_rule`. Each exists step by step (the definition), chunk-parallel in PyTorch, compiled for CPUs and in
+Triton; equations and a table of the back ends are in ``README.md`` beside this file. Shape letters: B batch, S sequence,
 D width, H heads, K key width, V value width, C chunk, R reflections, W window, N sequences (= B unless ``cu_seqlens``
 packs them into one row).
 """

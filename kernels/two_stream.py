@@ -58,7 +58,8 @@ def block_two_stream(
         output_state: return the state after the last clean block too.
         scale: s; None is ``K ** -0.5``. The softmax inside a block always takes ``K ** -0.5``.
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1), the same for both streams.
-        backend: ``"auto"``, ``"chunked"`` or ``"reference"`` (see :func:`latentcot.kernels.explain_backend`).
+        backend: ``"auto"``, ``"triton"``, ``"compiled"``, ``"chunked"`` or ``"reference"`` (see
+            :func:`latentcot.kernels.explain_backend`).
         direction_gate: ``[H_v]`` in [0, 1], delta rule with ``inside="bilinear"`` or ``"decayed"``: the weight of the
             forward direction in both streams; None is the average.
 

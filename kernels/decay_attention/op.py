@@ -44,7 +44,7 @@ def decay_attention(
         visibility: ``Causal()``; ``Bidirectional()``: this operator forward and on time-reversed inputs, gates
             included, the diagonal counted once; ``Bidirectional(gate="next")``: weights ``exp(-|G_i - G_j|)``, the same
             in both directions; ``BlockCausal(length, ...)``: see there.
-        backend: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"`` (see
+        backend: ``"auto"``, ``"triton"``, ``"compiled"``, ``"chunked"`` or ``"reference"`` (see
             :func:`latentcot.kernels.explain_backend`).
 
     Returns:

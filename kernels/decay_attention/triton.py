@@ -143,8 +143,11 @@ class _DecayAttention(torch.autograd.Function):
         return o, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: the result would silently count as a constant
+            raise RuntimeError(
+                "decay_attention: the Triton kernels give first derivatives only; use backend='chunked' for create_graph"
+            )
         q, k, v, gates, bound, initial, cu, last, *kept = ctx.saved_tensors
         do, d_last = grads
         if do is None:
@@ -240,9 +243,9 @@ def _differentiate(ctx: Any, do: Tensor | None, d_last: Tensor | None, *_: Any) 
     dq, dk, dv, dg, d_bound, d_initial = torch.ops.latentcot.decay_attention_backward(
         do, d_last, q, k, v, gates, bound, initial_state, cu_seqlens, last, *kept, ctx.scale, ctx.reverse
     )
-    gated = gates is not None and gates.dim() > 1
+    d_gates = dg.to(gates.dtype) if gates is not None and gates.dim() > 1 else None
     return (
-        dq, dk, dv, dg.to(gates.dtype) if gated else None, None if bound is None else d_bound,
+        dq, dk, dv, d_gates, None if bound is None else d_bound,
         None if initial_state is None else d_initial, None, None, None,
     )  # fmt: skip
 
@@ -265,8 +268,13 @@ def decay_attention(
     """Same as :func:`latentcot.kernels.decay_attention.reference.decay_attention` for S >= 1; (o, last state float32).
 
     q, k ``[B,S,H,K]``, v ``[B,S,H,V]`` of one 16- or 32-bit dtype, states float32, cu_seqlens ``[N+1]`` on the device of q.
-    ``bound [H,K]`` float32 makes it HGRN2 (``fused.py``; not with ``reverse``). First derivatives only.
+    ``bound [H,K]`` float32 makes it HGRN2 (``fused.py``). ``reverse`` with one decay per channel takes neither a state nor a bound. First derivatives only.
     """
+    vector = bound is not None or (log_decay is not None and log_decay.dim() == 4)
+    if reverse and (bound is not None or (vector and initial_state is not None)):
+        raise ValueError(
+            "decay_attention: right to left with one decay per channel takes neither an initial state nor HGRN2's bound"
+        )
     if log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad:
         # a constant needs no gradient; a learned one is the sum over its tokens
         log_decay = log_decay.expand(q.shape[:3]).contiguous()

@@ -41,8 +41,8 @@ LOWEST = tl.constexpr(-200.0)  # in base 2: exp2 of it is zero in float32
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 GROUP = 64
-# decay of a chunk, in base 2, up to which rows may be scaled from its middle: factors up to 2^60 on either side
-SPREAD = tl.constexpr(120.0)
+# decay of either half of a chunk, in base 2, up to which rows may be scaled from its middle: factors up to 2^60
+SPREAD = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -141,8 +141,8 @@ def _prepare_tile(
                 acc += tl.where(pair, product, 0.0)
         else:
             tl.store(totals + (piece.to(tl.int64) * H + h) * K + dk, tl.exp2(total), mask=dk < K)
-            most = tl.minimum(most, tl.min(total))
             first = tl.sum(tl.where(i < C // 2, gates, 0.0), 0)
+            most = tl.minimum(most, tl.min(tl.minimum(first, total - first)))
             exponent = tl.cumsum(gates, 0) - first[None, :]
             q_rows *= tl.exp2(exponent)
             k_rows *= tl.exp2(-exponent)
@@ -353,8 +353,8 @@ def _gradients_window(
                 dq_rows += tl.where(right, dz, 0.0)
                 dk_rows += tl.where(right, 0.0, dz)
         else:
-            most = tl.minimum(most, tl.min(total))
             first = tl.sum(tl.where(i < C // 2, gates, 0.0), 0)
+            most = tl.minimum(most, tl.min(tl.minimum(first, total - first)))
             exponent = tl.cumsum(gates, 0) - first[None, :]
             late = tl.exp2(exponent)
             early = tl.exp2(-exponent)
@@ -420,7 +420,8 @@ def _gradients_kernel(
                 if tl.load(wide_spread + each) > 0:
                     _gradients_window(
                         each % blocks, (each // blocks // H).to(tl.int64), (each // blocks % H).to(tl.int64),
-                        q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+                        q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread,
+                        spans, scale, H, K, V, blocks,
                         q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
                         EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST,
                     )  # fmt: skip

@@ -55,7 +55,7 @@ def delta_rule(
             time-reversed inputs, gates included (reflections keep their order inside a token);
             ``Bidirectional(combine="gate")``: ``direction_gate * forward + (1 - direction_gate) * backward``;
             ``BlockCausal(length, ...)``: see there.
-        backend: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"`` (see
+        backend: ``"auto"``, ``"triton"``, ``"compiled"``, ``"chunked"`` or ``"reference"`` (see
             :func:`latentcot.kernels.explain_backend`).
         direction_gate: ``[H_v]`` in [0, 1], with ``combine="gate"``, and instead of the average with
             ``BlockCausal(inside="bilinear")`` and ``BlockCausal(inside="decayed")``.

@@ -33,10 +33,11 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
         wide, narrow = (K_wide, V_wide) if kernel.endswith(("forward", "reverse")) else (V_wide, K_wide)
         default = Launch(chunk, min(narrow, max(16, 8192 // wide), 64), 4, 2 if wide <= 128 else 1)
     elif kernel in ("delta_forward", "delta_reverse"):
-        default = Launch(64, min(V_wide, 64 if K_wide <= 128 else 32), 4, 2 if K_wide <= 128 else 1)
-    else:
-        chunk = 64 if V_wide <= 256 else 16  # a tile of all value columns has to fit
-        default = Launch(chunk, min(K_wide, max(16, 8192 // V_wide), 64), 4, 2 if V_wide <= 256 else 1)
+        # one stage with 32 columns is miscompiled for Hopper by Triton 3.6: shared memory is read out of bounds
+        default = Launch(64, min(V_wide, 64 if K_wide <= 128 else 32), 4, 2)
+    else:  # a tile of all value columns has to fit
+        chunk = 64 if V_wide <= 128 else 32 if V_wide <= 256 else 16
+        default = Launch(chunk, min(K_wide, max(16, 8192 // V_wide), 64), 4, 2 if V_wide <= 128 else 1)
     found = launch_shape(kernel, K, V, dtype, device, default)
     if kernel == f"{family}_forward":
         return found

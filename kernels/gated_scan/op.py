@@ -33,7 +33,7 @@ def gated_scan(
         output_state: return ``h_S`` too.
         cu_seqlens: ``[N+1]`` offsets of sequences packed into one row (B = 1).
         visibility: ``Causal()`` only.
-        backend: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"`` (see
+        backend: ``"auto"``, ``"triton"``, ``"compiled"``, ``"chunked"`` or ``"reference"`` (see
             :func:`latentcot.kernels.explain_backend`).
 
     Returns:

@@ -218,6 +218,8 @@ def poisoned(gate, reverse=False):
     try:
         data = inputs(gate, 37, 24, 20)
         with small_chunks():
+            if reverse and gate == "channel":
+                data = {**data, "initial_state": None}
             found = run(by_kernel, data, *upstream(data), reverse=reverse)
     finally:
         torch.empty, torch.empty_like = empty, empty_like
@@ -316,10 +318,8 @@ def second_derivative():
     data = {n: t.requires_grad_() for n, t in inputs("token", 5, 16, 16).items()}
     with small_chunks():
         o, _ = by_kernel(**data)
-        upstream_gradient = torch.ones_like(o).requires_grad_()
-        (d_q,) = torch.autograd.grad(o, [data["q"]], upstream_gradient, create_graph=True)
     try:
-        d_q.sum().backward()
+        torch.autograd.grad(o.sum(), [data["q"]], create_graph=True)
     except RuntimeError as error:
         return str(error)
     return "no error"
