@@ -268,7 +268,8 @@ def decay_attention(
     """Same as :func:`latentcot.kernels.decay_attention.reference.decay_attention` for S >= 1; (o, last state float32).
 
     q, k ``[B,S,H,K]``, v ``[B,S,H,V]`` of one 16- or 32-bit dtype, states float32, cu_seqlens ``[N+1]`` on the device of q.
-    ``bound [H,K]`` float32 makes it HGRN2 (``fused.py``). ``reverse`` with one decay per channel takes neither a state nor a bound. First derivatives only.
+    ``bound [H,K]`` float32 makes it HGRN2 (``fused.py``). ``reverse`` with one decay per channel takes neither a state
+    nor a bound. First derivatives only.
     """
     vector = bound is not None or (log_decay is not None and log_decay.dim() == 4)
     if reverse and (bound is not None or (vector and initial_state is not None)):
