@@ -91,9 +91,9 @@ def block_two_stream(
         checks.check_shape(NAME, "initial_state", initial_state, "[N,H_v,K,V]", (N, Hv, K, V))
     dtype = checks.compute_dtype(*clean[:3], *noisy[:3])
     chosen = choose_backend(family, clean.q.device, dtype, backend).chosen
-    for x in (clean, noisy):
+    for label, x in (("clean", clean), ("noisy", noisy)):
         if x.log_decay is not None:
-            checks.check_decay(NAME, x.log_decay, in_kernel=chosen == "triton")
+            checks.check_decay(f"{NAME}: {label}", x.log_decay, in_kernel=chosen == "triton")
     wide = dtype
     if chosen == "triton":
         checks.check_widths(NAME, K, V)
