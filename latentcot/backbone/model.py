@@ -10,6 +10,7 @@ The pieces are public, because methods run blocks in other orders than once from
 """
 
 import inspect
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from latentcot.backbone.config import HybridConfig
 from latentcot.backbone.context import SequenceContext, Visibility
 from latentcot.backbone.mixers import Mixer, find_mixer, make_options
 from latentcot.backbone.norms import RMSNorm
-from latentcot.backbone.state import ModelState
+from latentcot.backbone.state import ForeignStateError, ModelState
 from latentcot.kernels import Causal
 
 # transformers renamed the keyword under which ``generate`` hands the cache around; both names are accepted, one is returned.
@@ -155,7 +156,7 @@ class HybridModel(HybridPreTrainedModel):
         if state is None and context.keep_state:
             state = ModelState(self.config.fingerprint)
         if state is not None and state.fingerprint != self.config.fingerprint:
-            raise ValueError(
+            raise ForeignStateError(
                 f"state: it was made by another model (fingerprint {state.fingerprint}, expected {self.config.fingerprint})"
             )
         entries = {}
@@ -237,6 +238,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """A fresh state of this model."""
         return ModelState(self.config.fingerprint)
 
+    def load_state(self, path: str | os.PathLike[str]) -> ModelState:
+        """A state that ``state.save(path)`` wrote, on this model's device. ``ForeignStateError`` if another architecture made it."""
+        return ModelState.load(path, self.config.fingerprint, self.device)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -297,6 +302,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        mode = str(getattr(args[0] if args else kwargs.get("generation_mode"), "value", ""))
+        if "assisted" in mode or model_kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "assistant_model, prompt_lookup_num_tokens: assisted decoding needs a cache that can be cropped, which a recurrent "
+                "state is not; use latentcot.backbone.speculative.speculative_generate(target, draft, input_ids)"
+            )
         if "state" in model_kwargs:
             model_kwargs[CACHE_KEY] = model_kwargs.pop("state")
         if model_kwargs.get(CACHE_KEY) is None and generation_config.use_cache is not False:

@@ -1,10 +1,14 @@
 """ModelState as a value: select, detach, fork, save, load."""
 
+# Tests read attributes of mixers and of optional states, which a type checker cannot know.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false, reportIndexIssue=false
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM, ModelState
+from latentcot.backbone.state import ForeignStateError
 
 
 def model_and_ids():
@@ -99,3 +103,145 @@ def test_reading_an_entry_that_was_never_written_raises():
         state.read((0, 1))
     with pytest.raises(ValueError, match="holds 3 rows"):
         state.select([3])
+
+
+# -- merging, resetting, foreign states -----------------------------------------------------------------------------------
+
+
+def of_mixers(*mixers: str, **changes):
+    torch.manual_seed(0)
+    config = HybridConfig(
+        vocab_size=19,
+        hidden_size=32,
+        mixers=list(mixers),
+        num_hidden_layers=len(mixers),
+        attention={"num_heads": 4},
+        gla={"num_heads": 2},
+        gated_deltanet={"num_heads": 2, "head_dim": 8},
+        initializer_range=0.2,
+        **changes,
+    )
+    return HybridForCausalLM(config).double().eval()
+
+
+def test_rows_of_merged_states_of_unequal_lengths_go_on_as_they_would_alone():
+    model, ids = model_and_ids()
+    parts = [model(ids[:1, :5], use_cache=True).state, model(ids[1:, :2], use_cache=True).state]
+    merged = ModelState.merge([model.new_state(), *parts])
+    assert merged.lengths.tolist() == [5, 2, 2]
+    new = ids[:, 5:]
+    together = model(new, state=merged).logits
+    alone = torch.cat([model(new[:1], state=parts[0]).logits, model(new[1:], state=parts[1]).logits])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+
+
+def test_a_merged_state_can_be_taken_apart_again():
+    model, ids = model_and_ids()
+    parts = [model(ids[row : row + 1, : 3 + row], use_cache=True).state for row in range(3)]
+    merged = ModelState.merge(parts)
+    for row, part in enumerate(parts):
+        expected = model(ids[row : row + 1, 6:], state=part).logits
+        torch.testing.assert_close(
+            model(ids[row : row + 1, 6:], state=merged.select([row])).logits, expected, rtol=0, atol=1e-12
+        )
+
+
+def test_the_sum_of_two_states_holds_what_each_document_wrote():
+    """One GLA layer by its definition: what two documents wrote, decayed within each alone, read by one query."""
+    model, ids = of_mixers("gla"), model_and_ids()[1]
+    documents = [ids[:1, :4], ids[1:2, :6]]
+    states = [model(document, use_cache=True).state for document in documents]
+    merged = ModelState.merge(states, how="sum")
+    assert merged.lengths.tolist() == [6]
+    assert merged.get_seq_length() == 6
+    mixer, expected = model.model.layers[0].attn, 0.0
+    for document in documents:
+        x = model.model.layers[0].attn_norm(model.embed(document))
+        k = mixer.k_proj(x).view(-1, mixer.heads, mixer.K)
+        v = mixer.v_proj(x).view(-1, mixer.heads, mixer.V)
+        alpha = torch.nn.functional.logsigmoid(mixer.gk_proj(x)).div(16).exp().view(-1, mixer.heads, mixer.K)
+        state = torch.zeros(mixer.heads, mixer.K, mixer.V, dtype=torch.float64)
+        for t in range(document.shape[1]):
+            state = alpha[t, :, :, None] * state + k[t, :, :, None] * v[t, :, None, :]
+        expected = expected + state
+    torch.testing.assert_close(merged.entries[0, 0]["matrix"][0], expected, rtol=0, atol=1e-12)
+
+
+def test_states_that_do_not_add_up_are_refused():
+    ids = model_and_ids()[1]
+    for mixers in (("gated_deltanet",), ("gla", "attention")):
+        model = of_mixers(*mixers)
+        state = model(ids, use_cache=True).state
+        with pytest.raises(ValueError, match="do not add up"):
+            ModelState.merge([state, state], how="sum")
+    model = of_mixers("gla")
+    state = model(ids, use_cache=True).state
+    with pytest.raises(ValueError, match="equal batches"):
+        ModelState.merge([state, state.select([0])], how="sum")
+
+
+def test_what_can_not_be_merged_is_named():
+    model, ids = model_and_ids()
+    state = model(ids, use_cache=True).state
+    with pytest.raises(ValueError, match="at least one"):
+        ModelState.merge([])
+    with pytest.raises(ValueError, match="'rows' or 'sum'"):
+        ModelState.merge([state], how="mean")  # type: ignore[arg-type]
+    with pytest.raises(ForeignStateError, match="different models"):
+        ModelState.merge([state, of_mixers("gla")(ids, use_cache=True).state])
+    with pytest.raises(ValueError, match="places differ"):
+        ModelState.merge(
+            [state, ModelState(state.fingerprint, {(0, 0): state.entries[0, 0]}, state.lengths, state.valid)]
+        )
+
+
+@pytest.mark.parametrize("rows", [[1], torch.tensor([False, True, False])], ids=["index", "mask"])
+def test_a_reset_row_starts_anew_and_the_others_go_on(rows):
+    model, ids = model_and_ids()
+    state = model(ids[:, :5], use_cache=True).state
+    after = model(ids[:, 5:], state=state.reset(rows)).logits
+    torch.testing.assert_close(after[[0, 2]], model(ids).logits[[0, 2], 5:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[1], model(ids[1:2, 5:]).logits[0], rtol=0, atol=1e-12)
+    assert state.lengths.tolist() == [5, 5, 5]
+    assert state.reset().is_fresh
+
+
+def test_rows_outside_the_state_are_refused_and_negative_ones_count_from_the_end():
+    model, ids = model_and_ids()
+    state = model(ids, use_cache=True).state
+    assert torch.equal(state.select([-1]).entries[0, 0]["matrix"], state.entries[0, 0]["matrix"][2:])
+    assert state.select([]).batch_size == 0
+    for rows in ([-4], [3], torch.tensor([True, False]), torch.tensor([[0]]), torch.tensor([0.5])):
+        with pytest.raises(ValueError, match="rows:"):
+            state.select(rows)
+    with pytest.raises(ValueError, match="rows:"):
+        state.reset([3])
+    with pytest.raises(ValueError, match="copies"):
+        state.expand(0)
+
+
+def test_a_state_of_another_model_is_refused_by_name_and_nothing_changes(tmp_path):
+    model, ids = model_and_ids()
+    other = of_mixers("gla", "attention")
+    path = tmp_path / "state.safetensors"
+    other(ids, use_cache=True).state.save(path)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ForeignStateError, match="another model"):
+        model.load_state(path)
+    with pytest.raises(ForeignStateError, match="another model"):
+        model(ids, state=ModelState.load(path))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert model(ids, use_cache=True).state.get_seq_length() == 7
+    assert other.load_state(path).lengths.tolist() == [7, 7, 7]
+
+
+def test_a_state_that_can_not_be_written_leaves_the_old_file(tmp_path):
+    model, ids = model_and_ids()
+    state = model(ids, use_cache=True).state
+    with pytest.raises(ValueError, match="no folder"):
+        state.save(tmp_path / "missing" / "state.safetensors")
+    state.save(tmp_path / "state.safetensors")
+    short = model(ids[:, :2], use_cache=True).state
+    short.save(tmp_path / "state.safetensors")
+    assert ModelState.load(tmp_path / "state.safetensors").get_seq_length() == 2
+    assert len(list(tmp_path.iterdir())) == 1
