@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcot.kernels import gated_rms_norm
+
 
 class RMSNorm(nn.Module):
     """RMS norm over the last axis.
@@ -24,9 +26,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float16, torch.bfloat16):
-            weight = None if self.weight is None else self.weight.float()
-            return F.rms_norm(x.float(), (self.width,), weight, self.eps).to(x.dtype)
+        if x.dtype in (torch.float16, torch.bfloat16):  # computed in fp32, rounded once; one launch on a GPU
+            return gated_rms_norm(x, self.weight, None, self.eps)
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -34,7 +35,10 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """``RMSNorm(x) * silu(gate)``: normalise first, gate after (Gated DeltaNet, GLA, RetNet)."""
+    """``RMSNorm(x) * silu(gate)``: normalise first, gate after (Gated DeltaNet, GLA, RetNet, HGRN).
+
+    Norm and gate are one operator: nothing is rounded between them, and on a GPU they are one launch.
+    """
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * F.silu(gate)
+        return gated_rms_norm(x, self.weight, gate, self.eps)

@@ -1,15 +1,30 @@
-"""The one interface of every mixer."""
+"""The one interface of every mixer, and the few lines that several mixers share."""
 
+import torch
 from torch import Tensor, nn
 
 from latentcot.backbone.context import SequenceContext
+from latentcot.backbone.rotary import RotaryLayout, apply_rotary, rotary_table
 from latentcot.backbone.state import LayerState
+
+SHUT = 1e4
+"""Logit of a gate that is fully open or shut: its logistic function is exactly 1 (0 for the negative one) and has a gradient of exactly
+zero in every dtype, float16 included. Padded positions get it: they forget nothing and write nothing, inside fused kernels too."""
+
+LOWER_BOUNDS = "lower_bounds"
+"""Name under which the model lays the bounds of its forget gates, ``[L, width]``, into the tables of a context."""
 
 
 class Mixer(nn.Module):
-    """Mixes tokens. Built as ``Mixer(hidden_size, options, norm_eps)``; sub-classes set ``name``."""
+    """Mixes tokens. Built as ``Mixer(hidden_size, options, norm_eps)``; sub-classes set ``name``.
+
+    What a mixer shares with the others of its stack comes from the model: it sets ``layer_index`` once, and holds one matrix of lower
+    bounds ``[L, bound_width]`` if a mixer asks for them by a ``bound_width`` above zero.
+    """
 
     name: str = ""
+    layer_index: int = 0
+    bound_width: int = 0
 
     def forward(
         self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
@@ -25,10 +40,56 @@ class Mixer(nn.Module):
         mixer runs once a direction. Counted in the recurrent form, so that no chunk length enters."""
         raise NotImplementedError(f"{type(self).__name__} counts no FLOPs")
 
+    def lower_bound(self, context: SequenceContext) -> Tensor | None:
+        """This layer's bound of the forget gate ``[bound_width]``, or ``None`` for zero: the first layer, or none asked for.
+
+        Raises:
+            ValueError: in a later layer, when the context did not come through the model's ``run``.
+        """
+        if self.bound_width == 0 or self.layer_index == 0:
+            return None
+        if LOWER_BOUNDS not in context.tables:
+            raise ValueError(
+                f"{self.name}: layer {self.layer_index} has a lower bound that its model computes; run it through "
+                f"HybridModel.run, or lay stacked_bounds(...) into context.tables[{LOWER_BOUNDS!r}]"
+            )
+        return context.tables[LOWER_BOUNDS][self.layer_index]
+
+
+def layer_state(name: str, **tensors: Tensor | None) -> LayerState | None:
+    """State of the tensors that are there; ``None`` when none is (the context keeps no state)."""
+    kept = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    return LayerState(name, kept) if kept else None
+
 
 def linear_flops(module: nn.Module, tokens: int) -> float:
     """2 · weights · tokens over the ``nn.Linear`` layers of a module."""
     return sum(2.0 * m.weight.numel() * tokens for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def shut(logits: Tensor, context: SequenceContext, value: float) -> Tensor:
+    """``logits [B, S, ...]`` (compacted) with ``value`` at padded positions."""
+    if context.front is None:
+        return logits
+    return logits.masked_fill(~context.front.unflatten(-1, (1,) * (logits.dim() - 2)), value)
+
+
+def rotated(
+    q: Tensor, k: Tensor, context: SequenceContext, base: float, layout: RotaryLayout = "half"
+) -> tuple[Tensor, Tensor]:
+    """q and k ``[B, S, heads, width]`` at the rotary positions of a context, whose tables every layer shares."""
+    key = ("rotary", q.shape[-1], base, q.dtype == torch.float64)
+    if key not in context.tables:
+        context.tables[key] = rotary_table(context.positions, q.shape[-1], base, q.dtype)
+    return apply_rotary(q, context.tables[key], layout), apply_rotary(k, context.tables[key], layout)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, S, G, width]`` to ``[B, S, heads, width]``: each of the G shared heads serves the next heads / G ones."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+# -- checks of options -------------------------------------------------------------------------------------------------
 
 
 def check_divides(what: str, whole: int, parts: int, owner: str) -> int:
@@ -36,3 +97,32 @@ def check_divides(what: str, whole: int, parts: int, owner: str) -> int:
     if parts <= 0 or whole % parts:
         raise ValueError(f"{owner}: {what} = {parts} must divide {whole}")
     return whole // parts
+
+
+def check_positive(owner: str, **values: float | None) -> None:
+    """``ValueError`` for a size that is not above zero; ``None`` passes."""
+    for what, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{owner}: {what} = {value!r} given, expected a number above zero")
+
+
+def check_choice(owner: str, what: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    """``ValueError`` for a word that is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {what} = {value!r} given, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_even(what: str, width: int, owner: str) -> None:
+    """``ValueError`` where rotary positions meet an odd width: they turn channels in pairs."""
+    if width % 2:
+        raise ValueError(f"{owner}: rotary positions need an even head width, got {width} ({what})")
+
+
+def scaled_width(what: str, width: int, ratio: float, owner: str) -> int:
+    """``width · ratio`` where that is a whole number above zero; else a ``ValueError`` (rounding would change a published size)."""
+    scaled = width * ratio
+    if scaled < 1 or abs(scaled - round(scaled)) > 1e-6:
+        raise ValueError(
+            f"{owner}: {what} = {ratio} makes {scaled:g} channels of {width}, expected a whole number above zero"
+        )
+    return round(scaled)

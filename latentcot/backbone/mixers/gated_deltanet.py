@@ -21,10 +21,21 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from latentcot.backbone.context import SequenceContext
-from latentcot.backbone.mixers.base import Mixer, check_divides, linear_flops
+from latentcot.backbone.mixers.base import (
+    SHUT,
+    Mixer,
+    check_choice,
+    check_divides,
+    check_positive,
+    layer_state,
+    linear_flops,
+    scaled_width,
+    shut,
+)
+from latentcot.backbone.mixers.convolution import ShortConvolution, convolve_qkv
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import Bidirectional, delta_rule, l2_norm, short_convolution
+from latentcot.kernels import Bidirectional, delta_rule, gated_delta_net, l2_norm
 
 DT_MIN, DT_MAX, DT_FLOOR = 0.001, 0.1, 1e-4
 GATE_START = 1.5  # logistic 0.82: a head sees mostly one direction at first
@@ -38,6 +49,7 @@ class GatedDeltaNetOptions:
         head_dim: key width K of a head.
         expand_v: V = ``head_dim · expand_v``.
         num_v_heads: value heads (a multiple of H: several value heads share a key head); ``None`` = H.
+        use_short_conv: short convolution on q, k and v; ``False`` leaves their SiLU alone.
         conv_size: window W of the short convolution.
         use_gate: output gate silu(z).
         allow_neg_eigval: beta in (0, 2) instead of (0, 1).
@@ -50,6 +62,7 @@ class GatedDeltaNetOptions:
     head_dim: int = 256
     expand_v: float = 1.0
     num_v_heads: int | None = None
+    use_short_conv: bool = True
     conv_size: int = 4
     use_gate: bool = True
     allow_neg_eigval: bool = False
@@ -57,18 +70,8 @@ class GatedDeltaNetOptions:
 
     def __post_init__(self) -> None:
         check_divides("num_heads", self.num_v_heads or self.num_heads, self.num_heads, "gated_deltanet (num_v_heads)")
-        if self.combine not in ("average", "gate"):
-            raise ValueError(f"gated_deltanet: combine = {self.combine!r} given, expected 'average' or 'gate'")
-        if self.conv_size < 1:
-            raise ValueError(f"gated_deltanet: conv_size must be at least 1, got {self.conv_size}")
-
-
-class ShortConvolution(nn.Module):
-    """Holder of the depthwise taps, shape ``[width, 1, W]`` as in published checkpoints; tap W - 1 is the current token."""
-
-    def __init__(self, width: int, window: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 1, window))
+        check_positive("gated_deltanet", head_dim=self.head_dim, expand_v=self.expand_v, conv_size=self.conv_size)
+        check_choice("gated_deltanet", "combine", self.combine, ("average", "gate"))
 
 
 class GatedDeltaNet(Mixer):
@@ -79,17 +82,17 @@ class GatedDeltaNet(Mixer):
         self.options = options
         self.heads, self.K = options.num_heads, options.head_dim
         self.v_heads = options.num_v_heads or options.num_heads
-        self.V = int(options.head_dim * options.expand_v)
+        self.V = scaled_width("expand_v", options.head_dim, options.expand_v, "gated_deltanet")
         key_width, value_width = self.heads * self.K, self.v_heads * self.V
-        self.widths = (key_width, key_width, value_width)
         self.q_proj = nn.Linear(hidden_size, key_width, bias=False)
         self.k_proj = nn.Linear(hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_width, bias=False)
         self.a_proj = nn.Linear(hidden_size, self.v_heads, bias=False)
         self.b_proj = nn.Linear(hidden_size, self.v_heads, bias=False)
-        self.q_conv1d = ShortConvolution(key_width, options.conv_size)
-        self.k_conv1d = ShortConvolution(key_width, options.conv_size)
-        self.v_conv1d = ShortConvolution(value_width, options.conv_size)
+        if options.use_short_conv:
+            self.q_conv1d = ShortConvolution(key_width, options.conv_size)
+            self.k_conv1d = ShortConvolution(key_width, options.conv_size)
+            self.v_conv1d = ShortConvolution(value_width, options.conv_size)
         self.A_log = nn.Parameter(torch.zeros(self.v_heads))
         self.dt_bias = nn.Parameter(torch.zeros(self.v_heads))
         if options.use_gate:
@@ -101,10 +104,13 @@ class GatedDeltaNet(Mixer):
             self.direction = nn.Parameter(torch.zeros(self.v_heads))
         self.o_proj = nn.Linear(value_width, hidden_size, bias=False)
 
+    @property
+    def taps(self) -> list[ShortConvolution]:
+        return [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.options.use_short_conv else []
+
     def init_weights(self, std: float) -> None:
-        window = self.options.conv_size
-        for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
-            initialization.uniform_(conv.weight, -1 / math.sqrt(window), 1 / math.sqrt(window))
+        for convolution in self.taps:
+            convolution.init_weights()
         # A ~ U(0, 16): the open end is kept off zero, whose logarithm does not exist
         initialization.copy_(self.A_log, torch.empty(self.v_heads).uniform_(1e-4, 16).log())
         dt = torch.empty(self.v_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
@@ -117,57 +123,60 @@ class GatedDeltaNet(Mixer):
         self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
     ) -> tuple[Tensor, LayerState | None]:
         x = context.compact(hidden)
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
-        qkv, conv = short_convolution(
-            qkv,
-            taps,
-            initial_state=None if state is None else state["conv"],
-            output_state=context.keep_state,
-            cu_seqlens=context.cu_seqlens,
-            lengths=context.lengths,
-            visibility=context.visibility,
-        )
-        q, k, v = qkv.split(self.widths, -1)
-        q = l2_norm(q.unflatten(-1, (self.heads, self.K)))
-        k = l2_norm(k.unflatten(-1, (self.heads, self.K)))
+        q, k, v, conv = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
+        if self.options.use_short_conv:
+            q, k, v, conv = convolve_qkv((q, k, v), self.taps, context, state)
+        else:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        q = q.unflatten(-1, (self.heads, self.K))
+        k = k.unflatten(-1, (self.heads, self.K))
         v = v.unflatten(-1, (self.v_heads, self.V))
-        precise = torch.promote_types(x.dtype, torch.float32)
-        beta = self.b_proj(x).to(precise).sigmoid()
-        if self.options.allow_neg_eigval:
-            beta = 2 * beta
-        log_decay = -self.A_log.to(precise).exp() * F.softplus(self.a_proj(x).to(precise) + self.dt_bias.to(precise))
-        if context.front is not None:
-            # behind the convolution a padded position is no longer zero: silence it once more
-            k, beta, log_decay = k * context.front[..., None], beta * context.front, log_decay * context.front
-        visibility = context.visibility
-        gate = None
-        if isinstance(visibility, Bidirectional):
-            visibility = Bidirectional(combine=self.options.combine)
-            gate = self.direction.sigmoid() if self.options.combine == "gate" else None
-        o, matrix = delta_rule(
-            q,
-            k,
-            v,
-            beta,
-            log_decay,
-            initial_state=None if state is None else state["matrix"],
-            output_state=context.keep_state,
-            cu_seqlens=context.cu_seqlens,
-            visibility=visibility,
-            direction_gate=gate,
-        )
+        # at a padded position k is zero, so nothing is erased or written there; its decay must not act either
+        a, b = shut(self.a_proj(x), context, -SHUT), self.b_proj(x)
+        if isinstance(context.visibility, Bidirectional):
+            o, matrix = self._both_directions(q, k, v, a, b, context), None
+        else:
+            o, matrix = gated_delta_net(
+                q,
+                k,
+                v,
+                a,
+                b,
+                self.A_log,
+                self.dt_bias,
+                allow_neg_eigval=self.options.allow_neg_eigval,
+                initial_state=None if state is None else state["matrix"],
+                output_state=context.keep_state,
+                cu_seqlens=context.cu_seqlens,
+            )
         if self.options.use_gate:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (self.v_heads, self.V)))
         else:
             o = self.o_norm(o)
         out = context.expand(self.o_proj(o.flatten(2)))
-        if matrix is None or conv is None:  # both or neither: context.keep_state
-            return out, None
-        return out, LayerState(self.name, {"matrix": matrix, "conv": conv})
+        return out, layer_state(self.name, matrix=matrix, conv=conv)
+
+    def _both_directions(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, context: SequenceContext
+    ) -> Tensor:
+        precise = torch.promote_types(a.dtype, torch.float32)
+        beta = b.to(precise).sigmoid()
+        if self.options.allow_neg_eigval:
+            beta = 2 * beta
+        o, _ = delta_rule(
+            l2_norm(q),
+            l2_norm(k),
+            v,
+            beta,
+            -self.A_log.to(precise).exp() * F.softplus(a.to(precise) + self.dt_bias.to(precise)),
+            output_state=context.keep_state,  # refused: a state belongs to the causal direction
+            cu_seqlens=context.cu_seqlens,
+            visibility=Bidirectional(combine=self.options.combine),
+            direction_gate=self.direction.sigmoid() if self.options.combine == "gate" else None,
+        )
+        return o
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
-        taps = self.options.conv_size if directions == 1 else 2 * self.options.conv_size - 1  # one centred kernel
-        convolution = 2.0 * tokens * sum(self.widths) * taps
+        convolutions = sum(each.flops(tokens, directions) for each in self.taps)
         # decay, k S, k^T u, q S: 8 K V a head and token in the recurrent form
-        return linear_flops(self, tokens) + convolution + 8.0 * directions * tokens * self.v_heads * self.K * self.V
+        return linear_flops(self, tokens) + convolutions + 8.0 * directions * tokens * self.v_heads * self.K * self.V
