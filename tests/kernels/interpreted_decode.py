@@ -1,0 +1,126 @@
+"""Checks of the decode kernels in Triton's interpreter; run as a script by test_decode.py.
+
+Prints one JSON object: check name -> numbers, or the traceback of a check that raised. Names as arguments select checks.
+"""
+
+import json
+import sys
+import traceback
+
+import torch
+import torch.nn.functional as F
+
+from latentcot.kernels.delta_rule import reference
+from latentcot.kernels.delta_rule.triton_decode import Columns, gated_delta_decode, swiglu
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def relative_rms(actual, expected):
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def decode(H, Hv, K, V, W, dtype, steps=6, B=2, largest=1.0, poison=False):
+    """Several tokens of rows at different positions, against convolution, norms, gates and recurrence written out in fp64."""
+    dtype, generator = DTYPES[dtype], torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    D, gap = 2 * H * K + Hv * V, 3
+    columns = Columns(q=0, k=H * K, v=2 * H * K, a=D + gap, b=D + gap + Hv)
+    rows = normal(steps, B, D + gap + 2 * Hv)
+    taps, A_log, dt_bias = normal(W, D), normal(Hv).float(), normal(Hv).float()
+    past, state = normal(B, W - 1, D), normal(B, Hv, K, V).float()
+    position = torch.tensor([5, 2][:B])
+    ring = torch.full((B, W, D), float("nan"), dtype=dtype)
+    for b in range(B):
+        for i in range(1, W):
+            ring[b, (int(position[b]) - i) % W] = past[b, W - 1 - i]
+    if poison:
+        empty = torch.empty
+        torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+    exact, inputs = state.double(), past.double()
+    worst = {"o": 0.0, "state": 0.0, "ring": 0.0}
+    for x in rows:
+        o = gated_delta_decode(
+            x, columns, ring, taps, A_log, dt_bias, state, position, heads=H, scale=0.3, largest=largest
+        )
+        assert o.dtype == dtype
+        inputs = torch.cat([inputs, x[:, None, :D].double()], 1)
+        y = F.silu((inputs[:, -W:] * taps.double().flip(0)).sum(1))
+        q, k = (y[:, i * H * K : (i + 1) * H * K].view(B, H, K) for i in (0, 1))
+        q, k = (z * (z.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for z in (q, k))
+        v = y[:, 2 * H * K :].view(B, Hv, V)
+        a, b = (x[:, at : at + Hv].double() for at in (columns.a, columns.b))
+        g = -A_log.double().exp() * F.softplus(a + dt_bias.double())
+        token = (q[:, None], k[:, None, None], v[:, None, None], largest * b.sigmoid()[:, None, None], g[:, None])
+        expected, exact = reference.delta_rule(*token, 0.3, exact)
+        position += 1
+        worst["o"] = max(worst["o"], relative_rms(o, expected[:, 0]))
+        worst["state"] = max(worst["state"], relative_rms(state, exact))
+    for b in range(B):
+        for i in range(1, W + 1):
+            difference = ring[b, (int(position[b]) - i) % W].double() - inputs[b, -i]
+            worst["ring"] = max(worst["ring"], float(difference.abs().max()))
+    return worst
+
+
+def gate(width, dtype):
+    x = torch.randn(3, 2 * width + 5, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])[:, : 2 * width]
+    exact = x.double()
+    return {"y": relative_rms(swiglu(x), F.silu(exact[:, :width]) * exact[:, width:])}
+
+
+def refused():
+    columns, messages = Columns(0, 4, 8, 12, 13), []
+    good = {
+        "projected": torch.zeros(1, 14), "ring": torch.zeros(1, 4, 12), "taps": torch.zeros(4, 12),
+        "state": torch.zeros(1, 1, 4, 4), "position": torch.zeros(1, dtype=torch.long),
+    }  # fmt: skip
+    for change in (
+        {"state": torch.zeros(1, 1, 4, 4).transpose(2, 3)}, {"state": torch.zeros(1, 1, 4, 4).double()},
+        {"ring": torch.zeros(1, 3, 12)}, {"taps": torch.zeros(12, 4).t()}, {"projected": torch.zeros(2, 14)},
+        {"position": torch.zeros(2, dtype=torch.long)},
+    ):  # fmt: skip
+        x = {**good, **change}
+        try:
+            gated_delta_decode(
+                x["projected"], columns, x["ring"], x["taps"], torch.zeros(1), torch.zeros(1), x["state"],
+                x["position"], heads=1, scale=1.0,
+            )  # fmt: skip
+        except ValueError as error:
+            messages.append(str(error))
+    try:
+        swiglu(torch.zeros(2, 5))
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+CHECKS = {
+    **{
+        f"decode-{dtype}-{name}": (decode, (*sizes, dtype))
+        for dtype in DTYPES
+        for name, sizes in {
+            "square": (2, 2, 16, 16, 4), "odd": (1, 2, 12, 20, 4), "grouped": (2, 6, 8, 12, 3), "no_window": (1, 1, 4, 4, 1),
+        }.items()
+    },
+    "decode-fp32-doubled": (decode, (1, 2, 12, 20, 4, "fp32", 4, 2, 2.0)),
+    "decode-fp32-poisoned": (decode, (1, 2, 12, 20, 4, "fp32", 2, 1, 1.0, True)),
+    "swiglu-fp32": (gate, (700, "fp32")),
+    "swiglu-fp16": (gate, (24, "fp16")),
+    "refused": (refused, ()),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    results = {}
+    for name in sys.argv[1:] or CHECKS:
+        check, arguments = CHECKS[name]
+        try:
+            results[name] = check(*arguments)
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
