@@ -2,41 +2,49 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from latentcot.backbone.block import NORM_PLACEMENTS
-from latentcot.backbone.mixers import find_mixer, make_options
+from latentcot.backbone.mixers import MIXERS, make_options
+from latentcot.backbone.patterns import expand_pattern
 
 
 class HybridConfig(PreTrainedConfig):
     """A stack of blocks, each with one mixer; ``mixers`` lists them in order.
 
-    The pattern comes from exactly one of
+    The pattern comes from at most one of (:mod:`~latentcot.backbone.patterns` has them side by side)
 
     * ``period = r``: the study's reading of a ratio "r:1" (arXiv:2507.06457): layer i (from 0) is full attention if and only if
       (i + 1) mod r = 0, the others are ``mixer``;
     * ``linear_per_full = r``: the literal reading: r linear layers, then a full one;
     * ``attention_layers``: an explicit list of full-attention layers, in any order;
-    * ``mixers``: every layer by name;
+    * ``mixers``: a pattern repeated to the number of layers, ``"gated_deltanet*3,attention"``, or every layer by name;
     * none of them: all layers are ``mixer`` (``mixer="attention"`` is the plain transformer).
+
+    Whichever was given, ``config.mixers`` is the list of names, one a layer.
 
     Args:
         vocab_size, hidden_size, num_hidden_layers: sizes.
-        mixer: name of the linear mixer: ``gla``, ``gated_deltanet`` (or ``attention``).
+        mixer: name of the linear mixer (or ``attention``): a key of :data:`~latentcot.backbone.mixers.MIXERS`.
         hidden_ratio, intermediate_size: MLP width; ``None`` = smallest multiple of 256 (of 32 below width 256) that is at least
             2 · ratio · D / 3.
         norm_placement, norm_eps, norm_affine: see :class:`~latentcot.backbone.block.Block`.
         embedding_scale: factor on token embeddings (Huginn: sqrt(D)).
-        attention, gla, gated_deltanet: options of each mixer as a dict (see ``AttentionOptions`` and its like).
+        attention, hgrn, retnet, gla, hgrn2, deltanet, gated_deltanet: options of each mixer as a dict (see ``AttentionOptions`` and
+            its like); options that are left out get their defaults. A mixer that was added to ``MIXERS`` takes its options under its
+            own name in the same way.
         initializer_range: standard deviation of linear, embedding and head weights.
         tie_word_embeddings: head shares the embedding matrix.
 
     Raises:
-        ValueError: on two patterns at once, an unknown mixer (close names are suggested), a pattern without the full layer it asks
-            for, or options that do not fit the width.
+        ValueError: on two patterns at once, an unknown mixer or option (close names are suggested), a pattern without the full layer
+            it asks for, or options that do not fit together.
+        TypeError: on a keyword that looks like a misspelt one of these, or options that are no dict.
     """
 
     model_type = "latentcot_hybrid"
@@ -49,8 +57,8 @@ class HybridConfig(PreTrainedConfig):
         mixer: str = "gated_deltanet",
         period: int | None = None,
         linear_per_full: int | None = None,
-        attention_layers: list[int] | None = None,
-        mixers: list[str] | None = None,
+        attention_layers: Sequence[int] | None = None,
+        mixers: str | Sequence[str] | None = None,
         hidden_ratio: float = 4.0,
         intermediate_size: int | None = None,
         norm_placement: str = "pre",
@@ -58,7 +66,11 @@ class HybridConfig(PreTrainedConfig):
         norm_affine: bool = True,
         embedding_scale: float = 1.0,
         attention: dict[str, Any] | None = None,
+        hgrn: dict[str, Any] | None = None,
+        retnet: dict[str, Any] | None = None,
         gla: dict[str, Any] | None = None,
+        hgrn2: dict[str, Any] | None = None,
+        deltanet: dict[str, Any] | None = None,
         gated_deltanet: dict[str, Any] | None = None,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -83,7 +95,7 @@ class HybridConfig(PreTrainedConfig):
         self.mixer = mixer
         self.period = period
         self.linear_per_full = linear_per_full
-        self.attention_layers = attention_layers
+        self.attention_layers = None if attention_layers is None else list(attention_layers)
         self.mixers = expand_pattern(num_hidden_layers, mixer, period, linear_per_full, attention_layers, mixers)
         self.hidden_ratio = hidden_ratio
         self.intermediate_size = intermediate_size or mlp_width(hidden_size, hidden_ratio)
@@ -91,9 +103,19 @@ class HybridConfig(PreTrainedConfig):
         self.norm_eps = norm_eps
         self.norm_affine = norm_affine
         self.embedding_scale = embedding_scale
-        self.attention = asdict(make_options("attention", dict(attention or {})))
-        self.gla = asdict(make_options("gla", dict(gla or {})))
-        self.gated_deltanet = asdict(make_options("gated_deltanet", dict(gated_deltanet or {})))
+        given = {
+            "attention": attention,
+            "hgrn": hgrn,
+            "retnet": retnet,
+            "gla": gla,
+            "hgrn2": hgrn2,
+            "deltanet": deltanet,
+            "gated_deltanet": gated_deltanet,
+        }
+        given |= {name: kwargs.pop(name) for name in MIXERS if name in kwargs}
+        for name in MIXERS | {name: None for name, options in given.items() if options is not None}:
+            setattr(self, name, _complete(name, given.get(name)))
+        _refuse_misspelt(kwargs, [*given, *self.__dict__])
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         super().__init__(**kwargs)
@@ -110,51 +132,22 @@ class HybridConfig(PreTrainedConfig):
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _complete(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """All options of a mixer, defaults filled in."""
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(f"{name}: the mixer's options are a dict, got {options!r}")
+    return asdict(make_options(name, dict(options or {})))
+
+
+def _refuse_misspelt(unknown: dict[str, Any], known: list[str]) -> None:
+    """The base class keeps any keyword as an attribute, so that a misspelt one would be lost without a word."""
+    inherited = {*dir(PreTrainedConfig), *PreTrainedConfig().to_dict()} if unknown else set()
+    for name in unknown:
+        if name not in inherited and (close := get_close_matches(name, known, 1, 0.8)):
+            raise TypeError(f"{name}: unknown keyword; did you mean {close[0]!r}?")
+
+
 def mlp_width(hidden_size: int, ratio: float) -> int:
     """Smallest multiple of 256 that is at least floor(2 · ratio · D / 3); of 32 for models narrower than 256."""
     multiple = 256 if hidden_size >= 256 else 32
     return -(-int(2 * ratio * hidden_size / 3) // multiple) * multiple
-
-
-def expand_pattern(
-    layers: int,
-    mixer: str,
-    period: int | None,
-    linear_per_full: int | None,
-    attention_layers: list[int] | None,
-    mixers: list[str] | None,
-) -> list[str]:
-    """Mixer name of every layer; see :class:`HybridConfig`."""
-    find_mixer(mixer)
-    if mixers is not None and period is None and linear_per_full is None and attention_layers is None:
-        for name in mixers:
-            find_mixer(name)
-        if len(mixers) != layers:
-            raise ValueError(f"mixers: {len(mixers)} names given for num_hidden_layers = {layers}")
-        return list(mixers)
-    given = {
-        name: value
-        for name, value in (
-            ("period", period),
-            ("linear_per_full", linear_per_full),
-            ("attention_layers", attention_layers),
-        )
-        if value is not None
-    }
-    if len(given) > 1:
-        raise ValueError(f"layer pattern: give one of period, linear_per_full, attention_layers; got {given}")
-    every = period if period is not None else (linear_per_full + 1 if linear_per_full is not None else None)
-    if every is not None:
-        if not 1 <= every <= layers:
-            raise ValueError(
-                f"layer pattern: {given} makes no layer of {layers} full attention; the period must be within 1..{layers}"
-            )
-        full = {i for i in range(layers) if (i + 1) % every == 0}
-    else:
-        full = set(attention_layers or [])
-        if outside := sorted(i for i in full if not 0 <= i < layers):
-            raise ValueError(f"attention_layers: {outside} lie outside 0..{layers - 1}")
-    expanded = ["attention" if i in full else mixer for i in range(layers)]
-    if mixers is not None and list(mixers) != expanded:
-        raise ValueError(f"mixers: {mixers} contradicts the pattern {given}, which means {expanded}")
-    return expanded
