@@ -277,8 +277,8 @@ def decay_attention(
             "decay_attention: right to left with one decay per channel takes neither an initial state nor HGRN2's bound"
         )
     if log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad:
-        # a constant needs no gradient; a learned one is the sum over its tokens
-        log_decay = log_decay.expand(q.shape[:3]).contiguous()
+        # a constant needs no gradient; a learned one is the sum over its tokens, of both signs: nothing may round before it
+        log_decay = log_decay.float().expand(q.shape[:3]).contiguous()
     inputs = (q, k, v, log_decay, bound, initial_state, cu_seqlens, scale, reverse)
     if torch.compiler.is_compiling():
         return torch.ops.latentcot.decay_attention_forward(*inputs)[:2]

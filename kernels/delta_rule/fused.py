@@ -35,9 +35,8 @@ def gated_delta_net(
         \beta = \sigma(b), \quad g = -e^{A_{\log}}\, \mathrm{softplus}(a + dt), \\
         o = \mathrm{delta\_rule}(\hat q, \hat k, v, \beta, g)
 
-    On the Triton back end norms and gates are part of the kernels, forward and backward; the others compose
-    :func:`latentcot.kernels.l2_norm` and :func:`latentcot.kernels.delta_rule`. In float16, whose range the products of
-    rows that are not normalised yet can leave, q and k are normalised before the kernels.
+    On the Triton back end gates are part of the kernels, forward and backward, and so is the norms' backward; the
+    others compose :func:`latentcot.kernels.l2_norm` and :func:`latentcot.kernels.delta_rule`.
 
     Args:
         q: ``[B,S,H,K]``, before its norm.
@@ -92,12 +91,9 @@ def gated_delta_net(
     from latentcot.kernels.delta_rule import triton_fused
 
     dtype = checks.kernel_dtype(q, k, v)
-    normalise = dtype != torch.float16
-    if not normalise:
-        q, k = l2_norm(q), l2_norm(k)
     with full_precision(q.device):
         o, state = triton_fused.gated_delta_net(
-            q.to(dtype), k.to(dtype), v.to(dtype), a, b, A_log, dt_bias, factor, largest, normalise,
+            q.to(dtype), k.to(dtype), v.to(dtype), a, b, A_log, dt_bias, factor, largest,
             initial_state, cu_seqlens,
         )  # fmt: skip
     return o.to(v.dtype), state if output_state else None

@@ -22,8 +22,18 @@ would be those of the state undecayed, and where gates are strong the small grad
 over the whole sequence the sum would gather rounding, hence windows. What a token reads of its own write passes no gate:
 it is in dq and dk but not in their products.
 
-With ``NORM`` q and k are not unit vectors yet, and dq, dk come out as gradients of the unit vectors times the
-reciprocal lengths: what is left of the norm's backward is a projection (``triton_norms.py``).
+With ``PROJECT`` q and k are unit vectors y made of raw ones by ``triton_norms.py``, with the reciprocal lengths r in
+``norms``, and what is written is the gradient of the raw vectors, :math:`r (dy - y (y \cdot dy))`. The product needs all key
+channels, of which a program holds a block; but every term of it is also a product of value columns:
+
+.. math:: q_i \cdot dq_i = dO_i \cdot o_i, \qquad k_j \cdot dk_j = 2\, \tilde U_j \cdot X_j - \beta_j X_j \cdot v_j ,
+
+since a write enters what follows only as :math:`k_j^\top \tilde U_j`, and
+:math:`\beta_j k_j \cdot z_j = X_j \cdot (\beta_j v_j - \tilde U_j)`. The gates take their products from the keys' side all the
+same: there the rounding of pairs cancels.
+
+The order inside a chunk is chosen for the registers: what belongs to one of two sums is loaded, used and let go before
+the other begins.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -34,11 +44,11 @@ import triton.language as tl
 
 from latentcot.kernels.delta_rule.triton_solve import softplus
 from latentcot.kernels.delta_rule.triton_tiles import (
+    diagonal,
     load_tile,
     pair_decays,
     pair_decays_transposed,
     power,
-    row_norms,
     running_sums,
     store_tile,
 )
@@ -47,15 +57,9 @@ SMALL = tl.constexpr(2.0**-6)
 
 
 @triton.jit
-def split_own(weights, others, C: tl.constexpr):
-    """The diagonal of ``weights [C,C]``, and the weights where ``others`` are."""
-    diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
-    return tl.sum(tl.where(diagonal, weights, 0.0), axis=1), tl.where(others, weights, 0.0)
-
-
-@triton.jit
 def left_kernel(
-    q, k, sums, strengths, norms, initial, writes, targets, d_o, d_q, d_k, read_products, erase_products, offsets, scale,
+    q, k, sums, strengths, norms, answers, initial, writes, targets, d_o, d_q, d_k, own, read_products, erase_products,
+    offsets, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -71,12 +75,16 @@ def left_kernel(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    VALUE_BLOCKS: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,
+    PROJECT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq ``[T,HEADS,K]``, the part -beta z of dk, and per block q·dq and k·z ``[blocks,HEADS,T]``."""
+    """dq ``[T,HEADS,K]``, the part -beta z of dk, per block q·dq and k·z ``[blocks,HEADS,T]``, and ``own [HEADS,T]``.
+
+    The last is the weight of a token in its own output, s dO·U, without a gate and in neither product.
+    """
     blocks = tl.cdiv(K, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % HEADS
@@ -96,8 +104,12 @@ def left_kernel(
     d_k += head.to(tl.int64) * K
     strengths += head.to(tl.int64) * T
     sums += head.to(tl.int64) * T
+    own += head.to(tl.int64) * T
     read_products += (block.to(tl.int64) * HEADS + head) * T
     erase_products += (block.to(tl.int64) * HEADS + head) * T
+    if PROJECT:
+        norms += (head // GROUP).to(tl.int64) * T
+        answers += head.to(tl.int64) * T
     if HAS_STATE:
         initial += (n.to(tl.int64) * HEADS + head) * K * V
         state = load_tile(initial, column, key * V, column < V, key < K)
@@ -109,63 +121,57 @@ def left_kernel(
         inside = row < (end - first).to(tl.int32)
         at = first + tl.arange(0, C)
         u = load_tile(writes + first * HEADS * V, row * HEADS * V, column, inside, column < V)
-        d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
         x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
         k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
-        q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
         b = tl.load(strengths + at, mask=inside, other=0.0)
         # The weights are rounded exactly as the other walk rounds them: the pairs of tokens on one side of a gate then
         # cancel in its gradient. Only a strength near zero stays outside, since z is wanted where it is zero, too.
         factor = tl.where(tl.abs(b) < SMALL, 1.0, b)
-        q_scale = scale + 0.0 * b
         z_scale = factor
+        q_scale = scale + 0.0 * b
         if GATED:
             G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
-            q_scale *= power(G)
+            decays = pair_decays(G, C, True, False)
             z_scale *= power(G)
-            decays = pair_decays(G, C, True)
+            q_scale *= power(G)
         else:
-            decays = pair_decays(b, C, False)
-        read_decays = scale * decays
-        erase_decays = factor[:, None] * decays
-        if NORM:
-            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
-            q_scale *= q_norm
-            z_scale *= k_norm
-            read_decays *= q_norm[:, None] * k_norm[None, :]
-            erase_decays *= k_norm[:, None] * k_norm[None, :]
-        below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+            decays = pair_decays(b, C, False, False)
         held = state.to(u.dtype)
         k_wide = k_tile.to(tl.float32)
 
-        weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION) * read_decays
-        if GATED:
-            own, weights = split_own(weights, below, C)
+        z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
+        weights = tl.dot(x, tl.trans(u), input_precision=PRECISION) * (factor[:, None] * decays)
+        z = tl.dot(weights.to(u.dtype), k_tile, z, input_precision=PRECISION)
+        store_tile(d_k + first * HEADS * K, (-b / factor)[:, None] * z, row * HEADS * K, key, inside, key < K)
+        tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
+
+        d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
+        q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
+        weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
+        mine = scale * diagonal(weights, C)
+        tl.store(own + at, mine, mask=inside)
+        weights *= scale * decays
         dq = tl.dot(d_o_tile, held, input_precision=PRECISION) * q_scale[:, None]
         dq = tl.dot(weights.to(u.dtype), k_tile, dq, input_precision=PRECISION)
         if GATED:
             tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
-            dq += own[:, None] * k_wide
+        dq += mine[:, None] * k_wide
+        if PROJECT:
+            along = tl.zeros([C], dtype=tl.float32)
+            for part in tl.static_range(VALUE_BLOCKS):
+                along += tl.load(answers + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
+            dq = (dq - along[:, None] * q_tile.to(tl.float32)) * tl.load(norms + at, mask=inside, other=0.0)[:, None]
         store_tile(d_q + first * HEADS * K, dq, row * HEADS * K, key, inside, key < K)
 
-        weights = tl.dot(x, tl.trans(u), input_precision=PRECISION)
-        weights = (weights * tl.where(below, erase_decays, 0.0)).to(u.dtype)
-        z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
-        z = tl.dot(weights, k_tile, z, input_precision=PRECISION)
-        store_tile(d_k + first * HEADS * K, (-b / factor)[:, None] * z, row * HEADS * K, key, inside, key < K)
-        tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
         if GATED:
             state *= power(total)
-            k_wide *= power(total - G)[:, None]
-        if NORM:
-            k_wide *= k_norm[:, None]
-        k_tile = k_wide.to(u.dtype)
+            k_tile = (k_wide * power(total - G)[:, None]).to(u.dtype)
         state = tl.dot(tl.trans(u), k_tile, state, input_precision=PRECISION)
 
 
 @triton.jit
 def right_kernel(
-    q, k, sums, strengths, norms, d_last, writes, targets, d_o, d_k, left_products, offsets, scale,
+    q, k, sums, strengths, norms, reads, d_last, writes, targets, d_o, d_k, own, left_products, offsets, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -181,12 +187,16 @@ def right_kernel(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    VALUE_BLOCKS: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,
+    PROJECT: tl.constexpr,
     HAS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk what the keys left for later tokens; its product with k, per block, goes to ``left_products``."""
+    """Adds to dk what the keys left for later tokens; its product with k, per block, goes to ``left_products``.
+
+    ``own`` is what the walk from the left found, ``reads [VALUE_BLOCKS,HEADS,T]`` the products of X with v.
+    """
     blocks = tl.cdiv(K, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % HEADS
@@ -205,7 +215,11 @@ def right_kernel(
     d_k += head.to(tl.int64) * K
     strengths += head.to(tl.int64) * T
     sums += head.to(tl.int64) * T
+    own += head.to(tl.int64) * T
     left_products += (block.to(tl.int64) * HEADS + head) * T
+    if PROJECT:
+        norms += (HEADS // GROUP + head // GROUP).to(tl.int64) * T
+        reads += head.to(tl.int64) * T
     if HAS_LAST:
         d_last += (n.to(tl.int64) * HEADS + head) * K * V
         d_state = load_tile(d_last, column, key * V, column < V, key < K)
@@ -219,53 +233,50 @@ def right_kernel(
         at = first + tl.arange(0, C)
         u = load_tile(writes + first * HEADS * V, row * HEADS * V, column, inside, column < V)
         d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
-        x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
-        k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
         q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
-        erased = load_tile(d_k + first * HEADS * K, row * HEADS * K, key, inside, key < K).to(tl.float32)
         b = tl.load(strengths + at, mask=inside, other=0.0)
-        q_scale = scale + 0.0 * b
-        k_scale = -b
         if GATED:
             G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
-            q_scale *= power(G)
-            k_scale *= power(G)
-            decays = pair_decays_transposed(G, C, True)
+            decays = pair_decays_transposed(G, C, True, False)
+            start = power(G)
         else:
-            decays = pair_decays_transposed(b, C, False)
-        read_decays = scale * decays
-        erase_decays = -b[None, :] * decays
-        if NORM:
-            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
-            q_scale *= q_norm
-            k_scale *= k_norm
-            read_decays *= q_norm[None, :] * k_norm[:, None]
-            erase_decays *= k_norm[None, :] * k_norm[:, None]
-        above = tl.arange(0, C)[:, None] < tl.arange(0, C)[None, :]
+            decays = pair_decays_transposed(b, C, False, False)
 
         left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION)
         if GATED:
             left *= power(total - G)[:, None]
             d_state *= power(total)
-        if NORM:
-            left *= k_norm[:, None]
-        weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION) * read_decays
-        if GATED:
-            own, weights = split_own(weights, above, C)
+        weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION) * (scale * decays)
         left = tl.dot(weights.to(u.dtype), q_tile, left, input_precision=PRECISION)
-        weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
-        weights = (weights * tl.where(above, erase_decays, 0.0)).to(u.dtype)
-        left = tl.dot(weights, k_tile, left, input_precision=PRECISION)
-        k_wide = k_tile.to(tl.float32)
         q_wide = q_tile.to(tl.float32)
         if GATED:
-            tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
-            left += own[:, None] * q_wide
-        store_tile(d_k + first * HEADS * K, erased + left, row * HEADS * K, key, inside, key < K)
-        q_tile = (q_wide * q_scale[:, None]).to(u.dtype)
-        k_tile = (k_wide * k_scale[:, None]).to(u.dtype)
+            q_tile = (q_wide * (scale * start)[:, None]).to(u.dtype)
+        else:
+            q_tile = (q_wide * scale).to(u.dtype)
         d_state = tl.dot(tl.trans(d_o_tile), q_tile, d_state, input_precision=PRECISION)
+
+        x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
+        k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
+        weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
+        if PROJECT:
+            along = 2.0 * diagonal(weights, C)
+            for part in tl.static_range(VALUE_BLOCKS):
+                along -= b * tl.load(reads + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
+        weights *= -b[None, :] * decays
+        left = tl.dot(weights.to(u.dtype), k_tile, left, input_precision=PRECISION)
+        k_wide = k_tile.to(tl.float32)
+        if GATED:
+            tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
+        left += tl.load(own + at, mask=inside, other=0.0)[:, None] * q_wide
+        if GATED:
+            k_tile = (k_wide * (-b * start)[:, None]).to(u.dtype)
+        else:
+            k_tile = (k_wide * -b[:, None]).to(u.dtype)
         d_state = tl.dot(tl.trans(x), k_tile, d_state, input_precision=PRECISION)
+        left += load_tile(d_k + first * HEADS * K, row * HEADS * K, key, inside, key < K).to(tl.float32)
+        if PROJECT:
+            left = (left - along[:, None] * k_wide) * tl.load(norms + at, mask=inside, other=0.0)[:, None]
+        store_tile(d_k + first * HEADS * K, left, row * HEADS * K, key, inside, key < K)
 
 
 @triton.jit

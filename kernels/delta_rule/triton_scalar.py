@@ -1,7 +1,7 @@
 """Launches of the delta rule without decay or with one per head; registered in ``triton.py`` and ``triton_fused.py``.
 
-Both take the inputs either as they enter the recurrence or raw: with ``Raw`` the kernels compute write strengths and
-log-decays themselves and read q and k before their L2 norm.
+Write strengths and log-decays come either as they enter the recurrence or raw: with ``Raw`` the kernels compute them.
+q and k are always what enters; :func:`normalise` makes unit vectors of raw ones, and the backward then projects.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from latentcot.kernels.delta_rule.triton_keys import finish_kernel, left_kernel, right_kernel
-from latentcot.kernels.delta_rule.triton_norms import norm_backward_kernel, norm_kernel
+from latentcot.kernels.delta_rule.triton_norms import norm_kernel
 from latentcot.kernels.delta_rule.triton_plan import (
     PRECISION,
     WINDOW,
@@ -37,13 +37,23 @@ EPS = 1e-6  # of the L2 norm, inside the root
 class Raw(NamedTuple):
     """beta is ``largest``·sigmoid of the given one, log_decay -e^log_rate·softplus(the given one + bias), ``[Hv]``.
 
-    With ``norms [2,H,T]`` q and k are divided by their lengths, whose reciprocals it holds after the forward.
+    With ``norms [2,H,T]`` q and k are unit vectors made by :func:`normalise`, whose reciprocal lengths it holds, ``o`` is
+    what the forward returned, and the gradients of q and k are those of the vectors before.
     """
 
     log_rate: Tensor
     bias: Tensor
     largest: float
-    norms: Tensor | None
+    norms: Tensor | None = None
+    o: Tensor | None = None
+
+
+def normalise(x: Tensor, unit: Tensor, norms: Tensor) -> None:
+    """Fills ``unit [B,S,H,K]`` with x divided by its lengths and ``norms [H,T]`` with their reciprocals."""
+    B, S, H, K = x.shape
+    norm_kernel[(triton.cdiv(B * S, 16) * H,)](
+        x, unit, norms, B * S, H, K, *strides(x), WIDTH=power_of_two(K), ROWS=16, EPS=EPS, num_warps=4
+    )
 
 
 def forward(
@@ -59,7 +69,7 @@ def forward(
     buffers: list[Tensor],
     raw: Raw | None = None,
 ) -> None:
-    """Fills the buffers of ``latentcot::delta_rule_forward`` and, if asked for, ``raw.norms``."""
+    """Fills the buffers of ``latentcot::delta_rule_forward``."""
     o, last, solved, sums, strengths, writes, kept = buffers
     B, S, H, K = q.shape
     Hv, V = v.shape[-2:]
@@ -68,25 +78,20 @@ def forward(
     offsets, bases, owners, chunks = pieces(q, cu_seqlens, shape.chunk)
     _, windows, _, _ = pieces(q, cu_seqlens, WINDOW)
     K_wide = power_of_two(K)
-    gated, norms = log_decay is not None, None if raw is None else raw.norms
+    gated = log_decay is not None
     log_rate, bias, largest = (None, None, 1.0) if raw is None else (raw.log_rate, raw.bias, raw.largest)
-    if norms is not None:
-        for x, lengths in ((q, norms[0]), (k, norms[1])):
-            norm_kernel[(triton.cdiv(T, 16) * H,)](
-                x, lengths, T, H, K, *strides(x), WIDTH=K_wide, ROWS=16, EPS=EPS, num_warps=4
-            )
     solve_kernel[(chunks * Hv,)](
-        k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
+        k, beta, log_decay, log_rate, bias, solved, sums, strengths, offsets, bases, owners,
         T, N, Hv, K, *strides(k), beta.stride(1), 0 if log_decay is None else log_decay.stride(1),
         C=shape.chunk, GROUP=Hv // H, WIDTH=K_wide, BLOCK=min(K_wide, 64), GATED=gated, RAW=raw is not None,
-        LARGEST=largest, NORM=norms is not None, SUM_DTYPE=sum_dtype(q.dtype), PRECISION=PRECISION,
+        LARGEST=largest, SUM_DTYPE=sum_dtype(q.dtype), PRECISION=PRECISION,
         INVERSE=inverse_precision(q), num_warps=1, num_stages=1,
     )  # fmt: skip
     forward_kernel[(triton.cdiv(V, shape.block) * Hv * N,)](
-        q, k, v, solved, sums, strengths, norms, initial, o, last, writes, kept, offsets, windows, scale,
+        q, k, v, solved, sums, strengths, initial, o, last, writes, kept, offsets, windows, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(v),
         C=shape.chunk, GROUP=Hv // H, WIDTH=K_wide, BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
-        GATED=gated, NORM=norms is not None, HAS_STATE=initial is not None, KEEP=keep, PRECISION=PRECISION,
+        GATED=gated, HAS_STATE=initial is not None, KEEP=keep, PRECISION=PRECISION,
         **options(shape, q.dtype),
     )  # fmt: skip
 
@@ -114,7 +119,7 @@ def backward(
     Hv, V = v.shape[-2:]
     T, N, m = B * S, count(q, cu_seqlens), Hv // H
     gated, has_state, has_last = log_decay is not None, initial is not None, d_last is not None
-    norms = None if raw is None else raw.norms
+    norms, o = (None, None) if raw is None else (raw.norms, raw.o)
     log_rate, bias, largest = (None, None, 1.0) if raw is None else (raw.log_rate, raw.bias, raw.largest)
     d_o = torch.zeros(B, S, Hv, V, dtype=v.dtype, device=q.device) if d_o is None else tokens(d_o)
     q, k, v = tokens(q), tokens(k), tokens(v)
@@ -131,31 +136,33 @@ def backward(
     targets, d_v = new(T, Hv, V, dtype=q.dtype), new(B, S, Hv, V, dtype=v.dtype)
     d_initial = new(*initial.shape) if initial is not None else new(0)
     reads, starts = new(value_blocks, Hv, T), new(value_blocks, Hv, window_count) if gated else new(0)
+    answers = None if norms is None else new(value_blocks, Hv, T)
     reverse_kernel[(value_blocks * Hv * N,)](
-        q, k, v, solved, sums, strengths, norms, initial, kept, d_o, d_last, targets, d_v, d_initial, reads, starts,
+        q, k, v, o, solved, sums, strengths, initial, kept, d_o, d_last, targets, d_v, d_initial, reads, answers, starts,
         offsets, windows, scale,
         T, window_count, Hv, K, V, *strides(q), *strides(k), *strides(v), *strides(d_o),
         C=shape.chunk, GROUP=m, WIDTH=power_of_two(K), BLOCK=shape.block, WINDOW=WINDOW // shape.chunk,
-        GATED=gated, NORM=norms is not None, HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION,
+        GATED=gated, ANSWERS=norms is not None, HAS_STATE=has_state, HAS_LAST=has_last, PRECISION=PRECISION,
         **options(shape, q.dtype),
     )  # fmt: skip
 
     left, right = (config(name, K, V, q.dtype, q.device) for name in ("delta_left", "delta_right"))
     key_blocks = triton.cdiv(K, left.block)
     d_q, d_k = new(B, S, Hv, K, dtype=q.dtype), new(B, S, Hv, K, dtype=k.dtype)
-    products = new(3, key_blocks, Hv, T)
+    products, own = new(3, key_blocks, Hv, T), new(Hv, T)
     grid = (key_blocks * Hv * N,)
     left_kernel[grid](
-        q, k, sums, strengths, norms, initial, writes, targets, d_o, d_q, d_k, products[0], products[1], offsets, scale,
+        q, k, sums, strengths, norms, answers, initial, writes, targets, d_o, d_q, d_k, own, products[0], products[1],
+        offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
-        C=left.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, GATED=gated,
-        NORM=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, **options(left, q.dtype),
+        C=left.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, VALUE_BLOCKS=value_blocks,
+        GATED=gated, PROJECT=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, **options(left, q.dtype),
     )  # fmt: skip
     right_kernel[grid](
-        q, k, sums, strengths, norms, d_last, writes, targets, d_o, d_k, products[2], offsets, scale,
+        q, k, sums, strengths, norms, reads, d_last, writes, targets, d_o, d_k, own, products[2], offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
-        C=right.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=right.block, GATED=gated,
-        NORM=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),
+        C=right.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=right.block, VALUE_BLOCKS=value_blocks,
+        GATED=gated, PROJECT=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),
     )  # fmt: skip
     d_beta = new(B, S, Hv, dtype=beta.dtype)
     d_decay = new(0) if log_decay is None else new(B, S, Hv, dtype=log_decay.dtype)
@@ -169,20 +176,8 @@ def backward(
         TOKENS=WINDOW, VALUE_BLOCKS=value_blocks, KEY_BLOCKS=key_blocks, GATED=gated, RAW=raw is not None,
         LARGEST=largest, num_warps=4,
     )  # fmt: skip
-    if norms is not None:
-        d_q, d_k = (_unnormalised(x, d, norms[i], m) for i, (x, d) in enumerate(((q, d_q), (k, d_k))))
-    elif m > 1:
+    if m > 1:
         d_q, d_k = d_q.view(B, S, H, m, K).sum(3), d_k.view(B, S, H, m, K).sum(3)
     if raw is not None:
         d_log_rate, d_bias = d_log_rate.sum(1).to(raw.log_rate.dtype), d_bias.sum(1).to(raw.bias.dtype)
     return d_q, d_k, d_v, d_beta, d_decay, d_initial, d_log_rate, d_bias
-
-
-def _unnormalised(x: Tensor, d_scaled: Tensor, norms: Tensor, m: int) -> Tensor:
-    """The gradient of x ``[B,S,H,K]`` from what the walks wrote, ``[B,S,m*H,K]``."""
-    B, S, H, K = x.shape
-    d_x = torch.empty(B, S, H, K, dtype=x.dtype, device=x.device)
-    norm_backward_kernel[(triton.cdiv(B * S, 16) * H,)](
-        x, d_scaled, norms, d_x, B * S, H, K, *strides(x), GROUP=m, WIDTH=power_of_two(K), ROWS=16, num_warps=4,
-    )  # fmt: skip
-    return d_x

@@ -63,13 +63,8 @@ def _gates(
 
 
 @triton.jit
-def _system(products, b, b_column, G_row, G_column, DIAGONAL: tl.constexpr, GATED: tl.constexpr):
-    """A block of A from the products of its keys; on the diagonal only what lies strictly below it.
-
-    ``b`` is a factor a row (beta, and the key's reciprocal norm where keys are not unit vectors yet), ``b_column`` a
-    factor a column.
-    """
-    products *= b_column[None, :]
+def _system(products, b, G_row, G_column, DIAGONAL: tl.constexpr, GATED: tl.constexpr):
+    """A block of A from the products of its keys; on the diagonal only what lies strictly below it."""
     if GATED:
         exponent = (G_row[:, None] - G_column[None, :]).to(tl.float32)
         if DIAGONAL:
@@ -99,7 +94,7 @@ def _invert(A, PRECISION: tl.constexpr):
 
 @triton.jit
 def solve_kernel(
-    k, beta, log_decay, log_rate, bias, solved, sums, strengths, norms, offsets, bases, owners,
+    k, beta, log_decay, log_rate, bias, solved, sums, strengths, offsets, bases, owners,
     T, N,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -114,7 +109,6 @@ def solve_kernel(
     GATED: tl.constexpr,
     RAW: tl.constexpr,
     LARGEST: tl.constexpr,
-    NORM: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -125,8 +119,7 @@ def solve_kernel(
     each sequence.
 
     With ``RAW`` beta is LARGEST·sigmoid of what ``beta`` holds and the log-decay -e^log_rate·softplus(``log_decay`` +
-    bias), both ``[HEADS]``. With ``NORM`` k does not hold unit vectors yet: the reciprocal lengths of q and k are in
-    ``norms [2,H,T]``.
+    bias), both ``[HEADS]``.
     """
     chunk = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -204,44 +197,29 @@ def solve_kernel(
             A32 = tl.dot(k3, tl.trans(k2), A32, input_precision=PRECISION)
             A33 = tl.dot(k3, tl.trans(k3), A33, input_precision=PRECISION)
 
-    one = tl.full([16], 1.0, dtype=tl.float32)
-    c0, c1, c2, c3 = one, one, one, one
-    if NORM:
-        norms += (HEADS // GROUP + head // GROUP).to(tl.int64) * T + first
-        c0 = tl.load(norms + row, mask=row < left, other=0.0)
-        b0 *= c0
-        if C > 16:
-            c1 = tl.load(norms + 16 + row, mask=row + 16 < left, other=0.0)
-            b1 *= c1
-        if C > 32:
-            c2 = tl.load(norms + 32 + row, mask=row + 32 < left, other=0.0)
-            c3 = tl.load(norms + 48 + row, mask=row + 48 < left, other=0.0)
-            b2 *= c2
-            b3 *= c3
-
     solved += (first * HEADS + head) * C
     rows = row * HEADS * C
     column = tl.arange(0, 16)
     whole = column < 16
     none = tl.zeros([16, 16], dtype=tl.float32)
-    A00 = _invert(_system(A00, b0, c0, G0, G0, True, GATED), INVERSE)
+    A00 = _invert(_system(A00, b0, G0, G0, True, GATED), INVERSE)
     store_tile(solved, A00, rows, column, row < left, whole)
     if C > 16:
         down = sixteen * HEADS * C
-        A11 = _invert(_system(A11, b1, c1, G1, G1, True, GATED), INVERSE)
-        A10 = _system(A10, b1, c0, G1, G0, False, GATED)
+        A11 = _invert(_system(A11, b1, G1, G1, True, GATED), INVERSE)
+        A10 = _system(A10, b1, G1, G0, False, GATED)
         T10 = -tl.dot(A11, tl.dot(A10, A00, input_precision=INVERSE), input_precision=INVERSE)
         store_tile(solved + 16, none, rows, column, row < left, whole)
         store_tile(solved + down, T10, rows, column, row + 16 < left, whole)
         store_tile(solved + down + 16, A11, rows, column, row + 16 < left, whole)
     if C > 32:
-        A22 = _invert(_system(A22, b2, c2, G2, G2, True, GATED), INVERSE)
-        A33 = _invert(_system(A33, b3, c3, G3, G3, True, GATED), INVERSE)
-        A20 = _system(A20, b2, c0, G2, G0, False, GATED)
-        A21 = _system(A21, b2, c1, G2, G1, False, GATED)
-        A30 = _system(A30, b3, c0, G3, G0, False, GATED)
-        A31 = _system(A31, b3, c1, G3, G1, False, GATED)
-        A32 = _system(A32, b3, c2, G3, G2, False, GATED)
+        A22 = _invert(_system(A22, b2, G2, G2, True, GATED), INVERSE)
+        A33 = _invert(_system(A33, b3, G3, G3, True, GATED), INVERSE)
+        A20 = _system(A20, b2, G2, G0, False, GATED)
+        A21 = _system(A21, b2, G2, G1, False, GATED)
+        A30 = _system(A30, b3, G3, G0, False, GATED)
+        A31 = _system(A31, b3, G3, G1, False, GATED)
+        A32 = _system(A32, b3, G3, G2, False, GATED)
         T21 = -tl.dot(A22, tl.dot(A21, A11, input_precision=INVERSE), input_precision=INVERSE)
         T32 = -tl.dot(A33, tl.dot(A32, A22, input_precision=INVERSE), input_precision=INVERSE)
         T20 = tl.dot(A20, A00, input_precision=INVERSE)

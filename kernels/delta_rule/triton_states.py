@@ -15,8 +15,7 @@ From right to left, with dO and the gradient dS' of the state that the chunk end
 
 A program owns one sequence, one value head and ``BLOCK`` value columns and holds ``[K, BLOCK]`` of the state (of its
 gradient) in float32. Columns do not mix, so nothing is exchanged; programs of one head are neighbours and find q, k and
-the inverse in the cache. Row scalings are applied after a product wherever they can be; with ``NORM`` q and k are not
-unit vectors yet and their reciprocal lengths (``triton_solve.py``) are such scalings.
+the inverse in the cache. Row scalings are applied after a product wherever they can be.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -30,7 +29,6 @@ from latentcot.kernels.delta_rule.triton_tiles import (
     pair_decays,
     pair_decays_transposed,
     power,
-    row_norms,
     running_sums,
     store_tile,
 )
@@ -38,7 +36,7 @@ from latentcot.kernels.delta_rule.triton_tiles import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, solved, sums, strengths, norms, initial, o, last, writes, checkpoints, offsets, windows, scale,
+    q, k, v, solved, sums, strengths, initial, o, last, writes, checkpoints, offsets, windows, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -55,7 +53,6 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -108,9 +105,6 @@ def forward_kernel(
         target = tl.dot(k_tile, held, input_precision=PRECISION)
         if GATED:
             target *= power(G)[:, None]
-        if NORM:
-            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
-            target *= k_norm[:, None]
         target = b[:, None] * (v_tile.to(tl.float32) - target)
         u = tl.dot(inverse, target.to(inverse.dtype), input_precision=PRECISION)
         written = u.to(k_tile.dtype)
@@ -119,8 +113,6 @@ def forward_kernel(
         if GATED:
             state *= power(total)
             u *= power(total - G)[:, None]
-        if NORM:
-            u *= k_norm[:, None]
         state = tl.dot(tl.trans(k_tile), u.to(k_tile.dtype), state, input_precision=PRECISION)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         read = tl.dot(q_tile, held, input_precision=PRECISION)
@@ -129,9 +121,6 @@ def forward_kernel(
             read *= power(G)[:, None]
         else:
             products *= pair_decays(b, C, False)
-        if NORM:
-            products *= q_norm[:, None] * k_norm[None, :]
-            read *= q_norm[:, None]
         read = tl.dot(products.to(k_tile.dtype), written, read, input_precision=PRECISION)
         store_tile(o + first * HEADS * V, scale * read, row * HEADS * V, column, inside, column < V)
     store_tile(last + in_state, state, state_rows, column, key < K, column < V)
@@ -139,7 +128,7 @@ def forward_kernel(
 
 @triton.jit
 def reverse_kernel(
-    q, k, v, solved, sums, strengths, norms, initial, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, starts,
+    q, k, v, o, solved, sums, strengths, initial, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, answers, starts,
     offsets, windows, scale,
     T, WINDOWS,
     HEADS: tl.constexpr,
@@ -159,7 +148,7 @@ def reverse_kernel(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,
+    ANSWERS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,7 +156,8 @@ def reverse_kernel(
     """Gradients of the writes' right-hand sides (X, ``targets``), of v ``[T,HEADS,V]`` and of the initial states.
 
     Also, summed over this block's columns: ``reads [blocks,HEADS,T]``, the products of X with v, and with gates ``starts
-    [blocks,HEADS,W]``, the product of the state with its gradient at the beginning of each window.
+    [blocks,HEADS,W]``, the product of the state with its gradient at the beginning of each window. With ``ANSWERS``
+    also ``answers [blocks,HEADS,T]``, the products of dO with o ``[T,HEADS,V]``.
     """
     blocks = tl.cdiv(V, BLOCK)
     block = tl.program_id(0) % blocks
@@ -190,6 +180,9 @@ def reverse_kernel(
     strengths += head.to(tl.int64) * T
     sums += head.to(tl.int64) * T
     reads += (block.to(tl.int64) * HEADS + head) * T
+    if ANSWERS:
+        o += head.to(tl.int64) * V
+        answers += (block.to(tl.int64) * HEADS + head) * T
     state_rows = key * V
     in_state = (n.to(tl.int64) * HEADS + head) * K * V
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
@@ -216,31 +209,26 @@ def reverse_kernel(
             decays = pair_decays_transposed(G, C, True)
         else:
             decays = pair_decays_transposed(b, C, False)
-        if NORM:
-            q_norm, k_norm = row_norms(norms, first, end, head // GROUP, T, C, HEADS // GROUP)
-            decays *= k_norm[:, None] * q_norm[None, :]
         weights = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weights = (weights * (scale * decays)).to(k_tile.dtype)
         d_u = tl.dot(k_tile, d_state.to(k_tile.dtype), input_precision=PRECISION)
         if GATED:
             d_u *= power(total - G)[:, None]
-        if NORM:
-            d_u *= k_norm[:, None]
         d_u = tl.dot(weights, d_o_tile, d_u, input_precision=PRECISION)
         x = tl.dot(inverse, d_u.to(inverse.dtype), input_precision=PRECISION)
         d_value = b[:, None] * x
         store_tile(targets + first * HEADS * V, x, row * HEADS * V, column, inside, column < V)
         store_tile(d_v + first * HEADS * V, d_value, row * HEADS * V, column, inside, column < V)
         tl.store(reads + first + pair, tl.sum(x * v_tile.to(tl.float32), axis=1), mask=inside)
+        if ANSWERS:
+            o_tile = load_tile(o + first * HEADS * V, row * HEADS * V, column, inside, column < V).to(tl.float32)
+            tl.store(answers + first + pair, tl.sum(o_tile * d_o_tile.to(tl.float32), axis=1), mask=inside)
         d_read = scale * d_o_tile.to(tl.float32)
         if GATED:
             start = power(G)[:, None]
             d_read *= start
             d_value *= start
             d_state *= power(total)
-        if NORM:
-            d_read *= q_norm[:, None]
-            d_value *= k_norm[:, None]
         d_state = tl.dot(tl.trans(q_tile), d_read.to(k_tile.dtype), d_state, input_precision=PRECISION)
         d_state = tl.dot(tl.trans(k_tile), (-d_value).to(k_tile.dtype), d_state, input_precision=PRECISION)
         if GATED and (c % WINDOW == 0) & (c > 0):

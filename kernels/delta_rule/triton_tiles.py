@@ -56,27 +56,20 @@ def base_two(log_decay):
 
 
 @triton.jit
-def row_norms(norms, first, end, head, T, C: tl.constexpr, HEADS: tl.constexpr):
-    """Reciprocal lengths of this chunk's rows of q and of k ``[C]``, from ``norms [2,HEADS,T]``, and 1 past the end."""
-    t = first + tl.arange(0, C)
-    norms += head.to(tl.int64) * T
-    q_norm = tl.load(norms + t, mask=t < end, other=1.0)
-    k_norm = tl.load(norms + tl.full([], HEADS, dtype=tl.int64) * T + t, mask=t < end, other=1.0)
-    return q_norm, k_norm
-
-
-@triton.jit
 def power(exponent):
     """2^exponent in float32; the difference of two sums is taken in their own dtype before."""
     return tl.exp2(exponent.to(tl.float32))
 
 
 @triton.jit
-def pair_decays(G, C: tl.constexpr, GATED: tl.constexpr):
-    """``[C,C]`` weights of token j (column) seen from token i (row): 2^(G_i - G_j) for j <= i, else 0."""
+def pair_decays(G, C: tl.constexpr, GATED: tl.constexpr, OWN: tl.constexpr = True):
+    """``[C,C]`` weights of token j (column) seen from token i (row): 2^(G_i - G_j) for j <= i (j < i without ``OWN``), else 0."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    seen = j <= i
+    if OWN:
+        seen = j <= i
+    else:
+        seen = j < i
     if GATED:
         decays = tl.exp2(tl.where(seen, (G[:, None] - G[None, :]).to(tl.float32), float("-inf")))
     else:
@@ -85,11 +78,20 @@ def pair_decays(G, C: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def pair_decays_transposed(G, C: tl.constexpr, GATED: tl.constexpr):
+def diagonal(weights, C: tl.constexpr):
+    """The diagonal ``[C]`` of ``weights [C,C]``."""
+    return tl.sum(tl.where(tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :], weights, 0.0), axis=1)
+
+
+@triton.jit
+def pair_decays_transposed(G, C: tl.constexpr, GATED: tl.constexpr, OWN: tl.constexpr = True):
     """The transpose of :func:`pair_decays`, formed as such: row j, column i."""
     j = tl.arange(0, C)[:, None]
     i = tl.arange(0, C)[None, :]
-    seen = j <= i
+    if OWN:
+        seen = j <= i
+    else:
+        seen = j < i
     if GATED:
         decays = tl.exp2(tl.where(seen, (G[None, :] - G[:, None]).to(tl.float32), float("-inf")))
     else:

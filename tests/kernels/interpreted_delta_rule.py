@@ -441,11 +441,13 @@ def fused_compiled():
 def fused_registered():
     data = raw_inputs(20, 16, 16, torch.float32, m=2)
     leaves = [t.requires_grad_() for t in data.values()]
-    arguments = (*leaves[:7], 0.25, 2.0, True, leaves[7], None)
+    arguments = (*leaves[:7], 0.25, 2.0, leaves[7], None)
     with chunks_of(16):
         found = torch.library.opcheck(torch.ops.latentcot.gated_delta_net_forward.default, (*arguments, True))
         kept = torch.ops.latentcot.gated_delta_net_forward(*arguments, True)
-        gradient = (torch.randn_like(kept[0]), torch.randn_like(kept[1]), *arguments, *kept[2:])
+        o, last, *saved, q_unit, k_unit, norms = kept
+        upstream_of_both = (torch.randn_like(o), torch.randn_like(last))
+        gradient = (*upstream_of_both, q_unit, k_unit, *arguments[2:], *saved, norms, o)
         gradient = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in gradient)
         found_backward = torch.library.opcheck(
             torch.ops.latentcot.gated_delta_net_backward.default,
