@@ -46,22 +46,31 @@ SPREAD = tl.constexpr(60.0)
 
 
 @triton.jit
-def _log1p_small(x):
-    """log(1 + x) for |x| < 0.02."""
-    return x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * 0.2))))
+def _log2_of_one_minus(x):
+    """log2(1 - x) for 0 <= x < 0.02."""
+    return x * (-LOG2E) * (1.0 + x * (0.5 + x * (1.0 / 3.0 + x * (0.25 + x * 0.2))))
+
+
+@triton.jit
+def sigmoid(x):
+    """The reciprocal is taken as the square of a reciprocal root: one instruction of the special unit, and no division."""
+    r = tl.rsqrt(1.0 + tl.exp2(tl.maximum(x, -80.0) * -LOG2E))
+    return r * r
 
 
 @triton.jit
 def hgrn_gate(f, bound):
-    """(log alpha, 1 - alpha) of alpha = bound + (1 - bound) sigmoid(f), each without cancellation."""
-    away = tl.exp2(-tl.abs(f) * LOG2E)
-    near = tl.fdiv(1.0, 1.0 + away)
-    positive = tl.where(f > 0, near, away * near)  # sigmoid(f)
-    key = (1.0 - bound) * tl.where(f > 0, away * near, near)
-    log_alpha = tl.log2(tl.maximum(bound + (1.0 - bound) * positive, 1e-30)) * LN2
-    # sigmoid(f) itself leaves float32 below f = -69; its logarithm is f there
-    log_alpha = tl.where((bound == 0) & (f < -60.0), f, log_alpha)
-    return tl.where(key < 0.02, _log1p_small(-key), log_alpha), key
+    """(log2 alpha, 1 - alpha) of alpha = bound + (1 - bound) sigmoid(f), each without cancellation.
+
+    Below f = -80 the logistic stays at its value there, 2e-35: next to any token that is less than nothing.
+    """
+    away = tl.exp2(tl.minimum(tl.abs(f), 80.0) * -LOG2E)
+    near = tl.rsqrt(1.0 + away)
+    near *= near
+    far = away * near
+    key = (1.0 - bound) * tl.where(f > 0, far, near)
+    alpha = bound + (1.0 - bound) * tl.where(f > 0, near, far)
+    return tl.where(key < 0.02, _log2_of_one_minus(key), tl.log2(tl.maximum(alpha, 1e-37))), key
 
 
 @triton.jit
@@ -85,13 +94,14 @@ def _load_rows(
     k_rows = tl.load(k + k_at, mask=mask, other=0.0).to(tl.float32)
     if HGRN2:
         gates, k_rows = hgrn_gate(k_rows, bound_at)
-        q_rows = tl.fdiv(q_rows, 1.0 + tl.exp2(-q_rows * LOG2E))
+        q_rows *= sigmoid(q_rows)
         gates = tl.where(mask, gates, 0.0)
         k_rows = tl.where(mask, k_rows, 0.0)
     else:
         gates = tl.load(g + g_at, mask=mask, other=0.0).to(tl.float32)
         gates = tl.where(gates > 0, float("nan"), gates)  # growth shows as NaN
-    return q_rows, k_rows, tl.where(gates < LOWEST, LOWEST, gates) * LOG2E
+        gates = tl.where(gates < LOWEST, LOWEST, gates) * LOG2E
+    return q_rows, k_rows, gates
 
 
 @triton.jit
@@ -306,6 +316,7 @@ def _gradients_window(
     low = 0.0
     if HGRN2:
         low = tl.load(bound + h * K + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        room = 1.0 / (1.0 - low)
     beyond = tl.zeros([BK], dtype=tl.float32)  # what later tokens add to every gate gradient
     if final == 0:
         beyond += tl.load(carry + ((piece + 1) * H + h) * K + channel, mask=inside, other=0.0)
@@ -371,18 +382,16 @@ def _gradients_window(
         dg_rows = whole[None, :] - tl.cumsum(x, 0) + x + beyond[None, :]
         beyond += whole
         if HGRN2:
-            alpha = tl.exp2(gates)
-            dg_rows -= alpha * dk_rows
+            inverse = tl.exp2(-gates)  # of alpha
+            dg_rows -= tl.exp2(gates) * dk_rows
             raw_q = tl.load(q + t[:, None] * q_token + h * q_head + channel[None, :], mask=mask, other=0.0)
-            gate = 1.0 / (1.0 + tl.exp(-raw_q.to(tl.float32)))
-            dq_rows *= gate * (1.0 + raw_q.to(tl.float32) * (1.0 - gate))
-            f = tl.load(k + t[:, None] * k_token + h * k_head + channel[None, :], mask=mask, other=0.0)
-            away = tl.exp(-tl.abs(f.to(tl.float32)))
-            negative = tl.where(f > 0, away, 1.0) / (1.0 + away)  # sigmoid(-f)
-            # without a bound alpha is sigmoid(f): their ratio is 1, and small is never divided by small
-            ratio = tl.where(low > 0, (1.0 - negative) / tl.maximum(alpha, 1e-30), 1.0)
-            tl.store(dk + at, (dg_rows * (1.0 - low) * negative * ratio).to(dk.dtype.element_ty), mask=mask)
-            per_bound = dg_rows * negative / tl.maximum(alpha, 1e-30)
+            raw_q = raw_q.to(tl.float32)
+            on = sigmoid(raw_q)
+            dq_rows *= on * (1.0 + raw_q * (1.0 - on))
+            # key = (1 - bound) sigmoid(-f), and sigmoid(f) / alpha = (1 - bound / alpha) / (1 - bound)
+            dg_rows *= k_rows * room
+            tl.store(dk + at, (dg_rows * (1.0 - low * inverse)).to(dk.dtype.element_ty), mask=mask)
+            per_bound = dg_rows * inverse
             bound_sum += tl.sum(tl.where(mask, per_bound, 0.0), 0)
         else:
             tl.store(dk + at, dk_rows.to(dk.dtype.element_ty), mask=mask)
