@@ -24,6 +24,8 @@ from latentcot.backbone.block import Block, SwiGLU
 from latentcot.backbone.config import HybridConfig
 from latentcot.backbone.context import SequenceContext, Visibility
 from latentcot.backbone.mixers import Mixer, find_mixer, make_options
+from latentcot.backbone.mixers.base import LOWER_BOUNDS
+from latentcot.backbone.mixers.bounds import bounds_parameter, stacked_bounds
 from latentcot.backbone.norms import RMSNorm
 from latentcot.backbone.state import ForeignStateError, ModelState
 from latentcot.kernels import Causal
@@ -72,6 +74,11 @@ class HybridPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]  # noqa: RUF012 (the base class declares it so)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Outside transformers it skips modules without parameters of their own, and with them the taps that a mixer draws. The skip
+        # guards weights that were loaded; `initialization` does that for each tensor.
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -82,6 +89,8 @@ class HybridPreTrainedModel(PreTrainedModel):
             initialization.ones_(module.weight)
         elif isinstance(module, Mixer):
             module.init_weights(std)
+        elif isinstance(module, HybridModel) and module.lower_bounds is not None:
+            initialization.zeros_(module.lower_bounds)
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -101,6 +110,7 @@ class HybridModel(HybridPreTrainedModel):
             )
             for name in config.mixers
         )
+        self.lower_bounds = bounds_parameter([cast(Block, block).attn for block in self.layers])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_affine)
         self.post_init()
 
@@ -159,6 +169,8 @@ class HybridModel(HybridPreTrainedModel):
             raise ForeignStateError(
                 f"state: it was made by another model (fingerprint {state.fingerprint}, expected {self.config.fingerprint})"
             )
+        if self.lower_bounds is not None:  # anew in every run: a context may outlive a backward pass
+            context.tables[LOWER_BOUNDS] = stacked_bounds(self.lower_bounds)
         entries = {}
         for index in range(*blocks.indices(len(self.layers))):
             before = None if state is None else state.read((index, recurrence))

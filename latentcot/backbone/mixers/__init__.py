@@ -5,12 +5,20 @@ from typing import Any
 
 from latentcot.backbone.mixers.attention import AttentionOptions, SoftmaxAttention
 from latentcot.backbone.mixers.base import Mixer
+from latentcot.backbone.mixers.deltanet import DeltaNet, DeltaNetOptions
 from latentcot.backbone.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from latentcot.backbone.mixers.gla import GatedLinearAttention, GLAOptions
+from latentcot.backbone.mixers.hgrn import HGRN, HGRNOptions
+from latentcot.backbone.mixers.hgrn2 import HGRN2, HGRN2Options
+from latentcot.backbone.mixers.retnet import RetNet, RetNetOptions
 
 MIXERS: dict[str, tuple[type[Mixer], type]] = {
     "attention": (SoftmaxAttention, AttentionOptions),
+    "hgrn": (HGRN, HGRNOptions),
+    "retnet": (RetNet, RetNetOptions),
     "gla": (GatedLinearAttention, GLAOptions),
+    "hgrn2": (HGRN2, HGRN2Options),
+    "deltanet": (DeltaNet, DeltaNetOptions),
     "gated_deltanet": (GatedDeltaNet, GatedDeltaNetOptions),
 }
 
@@ -29,8 +37,22 @@ def make_options(name: str, values: dict[str, Any]) -> Any:
     kind = find_mixer(name)[1]
     known = kind.__dataclass_fields__
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{name}: unknown option(s) {unknown}, expected some of {sorted(known)}")
+        close = get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}: unknown option(s) {unknown}, expected some of {sorted(known)}{hint}")
     return kind(**values)
 
 
-__all__ = ["MIXERS", "GatedDeltaNet", "GatedLinearAttention", "Mixer", "SoftmaxAttention", "find_mixer", "make_options"]
+__all__ = [
+    "HGRN",
+    "HGRN2",
+    "MIXERS",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "Mixer",
+    "RetNet",
+    "SoftmaxAttention",
+    "find_mixer",
+    "make_options",
+]

@@ -1,7 +1,8 @@
 r"""Causal (or full) softmax attention with rotary positions.
 
 :math:`o_i = \sum_j \mathrm{softmax}_j(q_i \cdot k_j / \sqrt{K})\, v_j`; q and k are rotated before the softmax and keys before they
-are stored. Heads of width K = D / H; ``num_kv_heads`` < ``num_heads`` shares keys and values (GQA).
+are stored. Heads of width K = D / H; ``num_kv_heads`` < ``num_heads`` shares keys and values (GQA). With a window w token i sees the w
+last tokens of its sequence, itself included (both ways: those less than w away).
 Source of the layer in hybrid stacks: arXiv:2507.06457.
 """
 
@@ -13,8 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentcot.backbone.context import SequenceContext
-from latentcot.backbone.mixers.base import Mixer, check_divides, linear_flops
-from latentcot.backbone.rotary import RotaryLayout, apply_rotary, rotary_table
+from latentcot.backbone.mixers.base import (
+    Mixer,
+    check_choice,
+    check_divides,
+    check_even,
+    check_positive,
+    linear_flops,
+    rotated,
+)
+from latentcot.backbone.rotary import RotaryLayout
 from latentcot.backbone.state import LayerState
 
 
@@ -27,6 +36,7 @@ class AttentionOptions:
         rope_theta: base of the rotary angles; ``None`` = no positions at all.
         rotary_layout: ``half`` or ``interleaved``.
         bias: ``none``, ``qk`` (Huginn: after the projection, before rotary) or ``qkv``.
+        window_size: sliding window w in real tokens; ``None`` = all. It bounds what is seen, not what is kept: the state holds every key.
     """
 
     num_heads: int = 16
@@ -34,15 +44,17 @@ class AttentionOptions:
     rope_theta: float | None = 10000.0
     rotary_layout: RotaryLayout = "half"
     bias: Literal["none", "qk", "qkv"] = "none"
+    window_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_divides("num_kv_heads", self.num_heads, self.num_kv_heads or self.num_heads, "attention")
-        if self.bias not in ("none", "qk", "qkv"):
-            raise ValueError(f"attention: bias = {self.bias!r} given, expected 'none', 'qk' or 'qkv'")
-        if self.rotary_layout not in ("half", "interleaved"):
-            raise ValueError(
-                f"attention: rotary_layout = {self.rotary_layout!r} given, expected 'half' or 'interleaved'"
-            )
+        check_positive("attention", num_heads=self.num_heads, window_size=self.window_size, rope_theta=self.rope_theta)
+        check_divides("num_kv_heads", self.num_heads, self.heads_of_keys, "attention")
+        check_choice("attention", "bias", self.bias, ("none", "qk", "qkv"))
+        check_choice("attention", "rotary_layout", self.rotary_layout, ("half", "interleaved"))
+
+    @property
+    def heads_of_keys(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class SoftmaxAttention(Mixer):
@@ -52,12 +64,10 @@ class SoftmaxAttention(Mixer):
         super().__init__()
         self.options = options
         self.heads = options.num_heads
-        self.kv_heads = options.num_kv_heads or options.num_heads
+        self.kv_heads = options.heads_of_keys
         self.head_width = check_divides("num_heads", hidden_size, options.num_heads, "attention")
-        if options.rope_theta is not None and self.head_width % 2:
-            raise ValueError(
-                f"attention: rotary positions need an even head width, got {self.head_width} = {hidden_size} / {self.heads}"
-            )
+        if options.rope_theta is not None:
+            check_even(f"{hidden_size} / {self.heads}", self.head_width, "attention")
         kv_width = self.kv_heads * self.head_width
         qk_bias, v_bias = options.bias in ("qk", "qkv"), options.bias == "qkv"
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qk_bias)
@@ -72,19 +82,14 @@ class SoftmaxAttention(Mixer):
         k = self.k_proj(hidden).unflatten(-1, (self.kv_heads, self.head_width))
         v = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_width))
         if self.options.rope_theta is not None:
-            key = ("rotary", self.head_width, self.options.rope_theta, hidden.dtype == torch.float64)
-            if key not in context.tables:
-                context.tables[key] = rotary_table(
-                    context.positions, self.head_width, self.options.rope_theta, hidden.dtype
-                )
-            q = apply_rotary(q, context.tables[key], self.options.rotary_layout)
-            k = apply_rotary(k, context.tables[key], self.options.rotary_layout)
+            q, k = rotated(q, k, context, self.options.rope_theta, self.options.rotary_layout)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, K]
         if state is not None:
             k = torch.cat([state["keys"], k], 2)
             v = torch.cat([state["values"], v], 2)
         new_state = LayerState(self.name, {"keys": k, "values": v}) if context.keep_state else None
-        seen = context.attention_mask
+        window = self.options.window_size
+        seen = context.attention_mask if window is None else windowed_mask(context, window)
         o = F.scaled_dot_product_attention(
             q,
             k,
@@ -97,3 +102,18 @@ class SoftmaxAttention(Mixer):
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         return linear_flops(self, tokens) + 4.0 * tokens * keys * self.heads * self.head_width
+
+
+def windowed_mask(context: SequenceContext, window: int) -> Tensor:
+    """``context.attention_mask`` without pairs that lie ``window`` or more real tokens apart: ``[B, 1, S, T + S]`` bool."""
+    key = ("window", window)
+    if key not in context.tables:
+        positions = context.positions
+        if context.past_valid is not None:
+            before = context.past_valid.long().cumsum(1) - 1
+            positions = torch.cat([before.expand(positions.shape[0], -1), positions], 1)
+        distance = context.positions[:, :, None] - positions[:, None, :]
+        near = (distance < window) & (distance > (-1 if context.causal else -window))
+        seen = context.attention_mask
+        context.tables[key] = near[:, None] if seen is None else near[:, None] & seen
+    return context.tables[key]

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from latentcot.backbone.context import SequenceContext
+from latentcot.backbone.mixers.convolution import ShortConvolution
 from latentcot.backbone.rotary import RotaryLayout, apply_rotary, rotary_table
 from latentcot.backbone.state import LayerState
 
 SHUT = 1e4
 """Logit of a gate that is fully open or shut: its logistic function is exactly 1 (0 for the negative one) and has a gradient of exactly
 zero in every dtype, float16 included. Padded positions get it: they forget nothing and write nothing, inside fused kernels too."""
+
+DIRECTION_START = 1.5  # logistic 0.82
 
 LOWER_BOUNDS = "lower_bounds"
 """Name under which the model lays the bounds of its forget gates, ``[L, width]``, into the tables of a context."""
@@ -34,6 +37,13 @@ class Mixer(nn.Module):
 
     def init_weights(self, std: float) -> None:
         """Initialise parameters that are neither linear, embedding nor norm weights (those the model fills itself)."""
+        for convolution in self.taps:
+            convolution.init_weights()
+
+    @property
+    def taps(self) -> list[ShortConvolution]:
+        """Its short convolutions, if it has any, in the order in which their states lie side by side."""
+        return []
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         """Forward FLOPs (2 a multiply-add) of ``tokens`` new tokens: for attention each sees ``keys`` keys on average, a linear
@@ -82,6 +92,12 @@ def rotated(
     if key not in context.tables:
         context.tables[key] = rotary_table(context.positions, q.shape[-1], base, q.dtype)
     return apply_rotary(q, context.tables[key], layout), apply_rotary(k, context.tables[key], layout)
+
+
+def direction_start(heads: int) -> Tensor:
+    """Logits of a gate between two directions ``[heads]``: every other head faces backwards, each sees mostly one direction."""
+    facing = torch.arange(heads) % 2 == 0
+    return torch.where(facing, DIRECTION_START, -DIRECTION_START)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

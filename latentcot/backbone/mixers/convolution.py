@@ -17,11 +17,16 @@ from latentcot.kernels import short_convolution, short_convolution_qkv
 
 
 class ShortConvolution(nn.Module):
-    """Holder of the depthwise taps, shape ``[width, 1, W]`` as in published checkpoints; tap W - 1 is the current token."""
+    """Holder of the depthwise taps, shape ``[width, 1, W]`` as in published checkpoints; tap W - 1 is the current token.
+
+    Made as the identity (the current token alone); a model draws them.
+    """
 
     def __init__(self, width: int, window: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 1, window))
+        self.weight = nn.Parameter(torch.zeros(width, 1, window))
+        with torch.no_grad():
+            self.weight[..., -1] = 1
 
     def init_weights(self) -> None:
         """Uniform within :math:`\\pm W^{-1/2}`."""

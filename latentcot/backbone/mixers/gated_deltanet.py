@@ -27,6 +27,7 @@ from latentcot.backbone.mixers.base import (
     check_choice,
     check_divides,
     check_positive,
+    direction_start,
     layer_state,
     linear_flops,
     scaled_width,
@@ -38,7 +39,6 @@ from latentcot.backbone.state import LayerState
 from latentcot.kernels import Bidirectional, delta_rule, gated_delta_net, l2_norm
 
 DT_MIN, DT_MAX, DT_FLOOR = 0.001, 0.1, 1e-4
-GATE_START = 1.5  # logistic 0.82: a head sees mostly one direction at first
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,13 @@ class GatedDeltaNet(Mixer):
         return [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.options.use_short_conv else []
 
     def init_weights(self, std: float) -> None:
-        for convolution in self.taps:
-            convolution.init_weights()
+        super().init_weights(std)
         # A ~ U(0, 16): the open end is kept off zero, whose logarithm does not exist
         initialization.copy_(self.A_log, torch.empty(self.v_heads).uniform_(1e-4, 16).log())
         dt = torch.empty(self.v_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
         initialization.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         if self.options.combine == "gate":
-            facing = torch.arange(self.v_heads) % 2 == 0
-            initialization.copy_(self.direction, torch.where(facing, GATE_START, -GATE_START))
+            initialization.copy_(self.direction, direction_start(self.v_heads))
 
     def forward(
         self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
