@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Place = tuple[int, int]
 """(block, recurrence): where in the network, and in which pass over it, a state belongs."""
 
-ADDITIVE = {"gla": {"matrix"}, "hgrn": {"hidden"}, "hgrn2": {"matrix"}, "retnet": {"matrix"}}
+ADDITIVE = {"gla": {"matrix"}, "hgrn": {"vector"}, "hgrn2": {"matrix"}, "retnet": {"matrix"}}
 """Mixers whose states may be summed, and the only tensor such a state may then have: windows of short convolutions, keys and values
 are lists of inputs, and a delta rule's writes depend on what it holds."""
 ROTATED = {"retnet"}  # keys in the state carry their positions
