@@ -30,6 +30,7 @@ __all__ = [
 TASKS: dict[str, str] = {
     "group": "latentcot.tasks.group:GroupTask",
     "chain": "latentcot.tasks.chain:ChainTask",
+    "mqar": "latentcot.tasks.mqar:MQARTask",
     "prosqa": "latentcot.tasks.prosqa:ProsQATask",
     "prosqa_balanced": "latentcot.tasks.prosqa:ProsQABalancedTask",
     "prosqa_paper": "latentcot.tasks.prosqa:ProsQAPaperTask",
