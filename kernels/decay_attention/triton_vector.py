@@ -54,23 +54,35 @@ def _log2_of_one_minus(x):
 @triton.jit
 def sigmoid(x):
     """The reciprocal is taken as the square of a reciprocal root: one instruction of the special unit, and no division."""
-    r = tl.rsqrt(1.0 + tl.exp2(tl.maximum(x, -80.0) * -LOG2E))
+    r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
     return r * r
 
 
 @triton.jit
-def hgrn_gate(f, bound):
-    """(log2 alpha, 1 - alpha) of alpha = bound + (1 - bound) sigmoid(f), each without cancellation.
-
-    Below f = -80 the logistic stays at its value there, 2e-35: next to any token that is less than nothing.
+def _log2(x, NATIVE: tl.constexpr):
+    """log2 of x > 0. ``NATIVE``: NVIDIA's instruction, right to 2^-22; the library's function takes twenty, and the
+    gates of HGRN2 one logarithm a token and channel.
     """
-    away = tl.exp2(tl.minimum(tl.abs(f), 80.0) * -LOG2E)
+    if NATIVE:
+        found = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        found = tl.log2(x)
+    return found
+
+
+@triton.jit
+def hgrn_gate(f, bound, NATIVE: tl.constexpr):
+    """(log2 alpha, 1 - alpha) of alpha = bound + (1 - bound) sigmoid(f), each without cancellation; (0, 0) for f = inf.
+
+    alpha stays above 1e-35, which next to any token is nothing.
+    """
+    away = tl.exp2(tl.abs(f) * -LOG2E)
     near = tl.rsqrt(1.0 + away)
     near *= near
     far = away * near
     key = (1.0 - bound) * tl.where(f > 0, far, near)
     alpha = bound + (1.0 - bound) * tl.where(f > 0, near, far)
-    return tl.where(key < 0.02, _log2_of_one_minus(key), tl.log2(tl.maximum(alpha, 1e-37))), key
+    return tl.where(key < 0.02, _log2_of_one_minus(key), _log2(tl.maximum(alpha, 1e-35), NATIVE)), key
 
 
 @triton.jit
@@ -87,17 +99,16 @@ def _halves(i, j, bits):
 
 @triton.jit
 def _load_rows(
-    q, k, g, bound, q_at, k_at, g_at, bound_at, mask, HGRN2: tl.constexpr
+    q, k, g, bound, q_at, k_at, g_at, bound_at, mask, HGRN2: tl.constexpr, NATIVE: tl.constexpr
 ):  # fmt: skip
     """(q, k, g in base 2), float32, of one tile; masked rows are neutral."""
     q_rows = tl.load(q + q_at, mask=mask, other=0.0).to(tl.float32)
-    k_rows = tl.load(k + k_at, mask=mask, other=0.0).to(tl.float32)
     if HGRN2:
-        gates, k_rows = hgrn_gate(k_rows, bound_at)
+        raw = tl.load(k + k_at, mask=mask, other=float("inf")).to(tl.float32)
+        gates, k_rows = hgrn_gate(raw, bound_at, NATIVE)
         q_rows *= sigmoid(q_rows)
-        gates = tl.where(mask, gates, 0.0)
-        k_rows = tl.where(mask, k_rows, 0.0)
     else:
+        k_rows = tl.load(k + k_at, mask=mask, other=0.0).to(tl.float32)
         gates = tl.load(g + g_at, mask=mask, other=0.0).to(tl.float32)
         gates = tl.where(gates > 0, float("nan"), gates)  # growth shows as NaN
         gates = tl.where(gates < LOWEST, LOWEST, gates) * LOG2E
@@ -109,7 +120,7 @@ def _prepare_tile(
     piece, h, q, k, g, bound, pairs, read, write, totals, wide_spread, spans, scale, H, K,
     q_token, q_head, k_token, k_head, g_token, g_head,
     EXACT: tl.constexpr, HGRN2: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
-    SUMS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    SUMS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     start = tl.load(spans + piece * 4)
     end = tl.load(spans + piece * 4 + 1)
@@ -130,7 +141,7 @@ def _prepare_tile(
         q_rows, k_rows, gates = _load_rows(
             q, k, g, bound,
             t[:, None] * q_token + h * q_head + dk[None, :], t[:, None] * k_token + h * k_head + dk[None, :],
-            t[:, None] * g_token + h * g_head + dk[None, :], low, mask, HGRN2,
+            t[:, None] * g_token + h * g_head + dk[None, :], low, mask, HGRN2, NATIVE,
         )  # fmt: skip
         summed = gates.to(SUMS)
         total = tl.sum(gates, 0)
@@ -178,6 +189,7 @@ def _prepare_kernel(
     OPERAND: tl.constexpr,  # dtype of rows scaled from the middle: float16 is too narrow for them
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
+    NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     if EXACT:  # a program looks at a group of chunks and works on the few that need it
@@ -189,13 +201,13 @@ def _prepare_kernel(
                     _prepare_tile(
                         each // H, (each % H).to(tl.int64), q, k, g, bound, pairs, read, write, totals, wide_spread,
                         spans, scale, H, K, q_token, q_head, k_token, k_head, g_token, g_head,
-                        EXACT, HGRN2, C, LEVELS, BK, SUMS, OPERAND, PRECISION, FAST,
+                        EXACT, HGRN2, C, LEVELS, BK, SUMS, OPERAND, PRECISION, FAST, NATIVE,
                     )  # fmt: skip
     else:
         _prepare_tile(
             tl.program_id(0), tl.program_id(1).to(tl.int64), q, k, g, bound, pairs, read, write, totals, wide_spread,
             spans, scale, H, K, q_token, q_head, k_token, k_head, g_token, g_head,
-            EXACT, HGRN2, C, LEVELS, BK, SUMS, OPERAND, PRECISION, FAST,
+            EXACT, HGRN2, C, LEVELS, BK, SUMS, OPERAND, PRECISION, FAST, NATIVE,
         )  # fmt: skip
 
 
@@ -302,6 +314,7 @@ def _gradients_window(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     begin = tl.load(spans + piece * 4)
     end = tl.load(spans + piece * 4 + 1)
@@ -344,7 +357,7 @@ def _gradients_window(
             q, k, g, bound,
             t[:, None] * q_token + h * q_head + channel[None, :],
             t[:, None] * k_token + h * k_head + channel[None, :],
-            t[:, None] * g_token + h * g_head + channel[None, :], low, mask, HGRN2,
+            t[:, None] * g_token + h * g_head + channel[None, :], low, mask, HGRN2, NATIVE,
         )  # fmt: skip
         summed = gates.to(SUMS)
         total = tl.sum(gates, 0)
@@ -418,6 +431,7 @@ def _gradients_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
+    NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     if EXACT:
@@ -432,14 +446,14 @@ def _gradients_kernel(
                         q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread,
                         spans, scale, H, K, V, blocks,
                         q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
-                        EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST,
+                        EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST, NATIVE,
                     )  # fmt: skip
     else:
         _gradients_window(
             tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64),
             q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
             q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
-            EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST,
+            EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST, NATIVE,
         )  # fmt: skip
 
 
@@ -463,9 +477,10 @@ def chunk_length(K: int, V: int, dtype: torch.dtype, device: torch.device) -> in
     return launch_shape("decay_pairs", K, V, dtype, device, default_pairs(K, V, dtype)).chunk
 
 
-def _numbers(C: int, dtype: torch.dtype) -> dict[str, Any]:
+def _numbers(C: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Number formats and precision of the products, by the dtype of the inputs."""
     return {
+        "NATIVE": device.type == "cuda" and torch.version.cuda is not None,
         "LEVELS": C.bit_length() - 1,
         "SUMS": tl.float16 if dtype.itemsize == 2 else tl.float32,
         "OPERAND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
@@ -500,7 +515,7 @@ def prepare(
     for exact, grid in ((False, (pieces, H)), (True, (triton.cdiv(pieces * H, GROUP),))):
         _prepare_kernel[grid](
             *arguments, EXACT=exact, HGRN2=bound is not None, C=C, BK=min(shape.block, power_of_two(K)), GROUP=GROUP,
-            **_numbers(C, q.dtype), num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
+            **_numbers(C, q.dtype, q.device), num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return pairs, read, write, totals
 
@@ -571,7 +586,7 @@ def gradients(
     for exact, grid in ((False, (blocks, count, H)), (True, (triton.cdiv(wide_spread.numel(), GROUP),))):
         _gradients_kernel[grid](
             *arguments, EXACT=exact, HGRN2=bound is not None, HAS_EDGE=edge is not None, C=chunk, BK=BK, GROUP=GROUP,
-            BV=min(power_of_two(V), 128 if q.dtype.itemsize == 2 else 64), **_numbers(chunk, q.dtype),
+            BV=min(power_of_two(V), 128 if q.dtype.itemsize == 2 else 64), **_numbers(chunk, q.dtype, q.device),
             num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return dq, dk, dg, dbound.sum(0)
