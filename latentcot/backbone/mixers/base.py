@@ -85,12 +85,22 @@ def shut(logits: Tensor, context: SequenceContext, value: float) -> Tensor:
 
 
 def rotated(
-    q: Tensor, k: Tensor, context: SequenceContext, base: float, layout: RotaryLayout = "half"
+    q: Tensor,
+    k: Tensor,
+    context: SequenceContext,
+    base: float,
+    layout: RotaryLayout = "half",
+    compacted: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q and k ``[B, S, heads, width]`` at the rotary positions of a context, whose tables every layer shares."""
-    key = ("rotary", q.shape[-1], base, q.dtype == torch.float64)
+    """q and k ``[B, S, heads, width]`` at the rotary positions of a context, whose tables every layer shares.
+
+    ``compacted``: their tokens are in the order of ``context.compact``, not in the caller's.
+    """
+    compacted = compacted and context.front is not None
+    key = ("rotary", q.shape[-1], base, q.dtype == torch.float64, compacted)
     if key not in context.tables:
-        context.tables[key] = rotary_table(context.positions, q.shape[-1], base, q.dtype)
+        positions = context.compact(context.positions[..., None])[..., 0] if compacted else context.positions
+        context.tables[key] = rotary_table(positions, q.shape[-1], base, q.dtype)
     return apply_rotary(q, context.tables[key], layout), apply_rotary(k, context.tables[key], layout)
 
 

@@ -101,7 +101,7 @@ class RetNet(Mixer):
             q, k = feature_map(q), feature_map(k)
             if context.front is not None:
                 k = k * context.front[..., None]  # a feature map need not take zero to zero
-        q, k = rotated(q, k, context, self.options.rope_theta)
+        q, k = rotated(q, k, context, self.options.rope_theta, compacted=True)
         o, matrix = decay_attention(
             q,
             repeat_heads(k, self.heads),
