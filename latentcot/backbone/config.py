@@ -148,6 +148,10 @@ def _refuse_misspelt(unknown: dict[str, Any], known: list[str]) -> None:
 
 
 def mlp_width(hidden_size: int, ratio: float) -> int:
-    """Smallest multiple of 256 that is at least floor(2 · ratio · D / 3); of 32 for models narrower than 256."""
-    multiple = 256 if hidden_size >= 256 else 32
+    """:func:`published_mlp_width`, with multiples of 32 for models narrower than 256."""
+    return published_mlp_width(hidden_size, ratio, 256 if hidden_size >= 256 else 32)
+
+
+def published_mlp_width(hidden_size: int, ratio: float, multiple: int = 256) -> int:
+    """Smallest multiple of 256 that is at least floor(2 · ratio · D / 3)."""
     return -(-int(2 * ratio * hidden_size / 3) // multiple) * multiple
