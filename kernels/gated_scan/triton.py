@@ -2,8 +2,9 @@ r"""The gated scan in Triton, plain and with HGRN's gates formed on the way.
 
 A program holds a block of channels and walks its tokens in tiles ``[CHUNK, BLOCK]``. The loads of the tiles to come are
 in flight while one is scanned: the scan is a stream of memory, and what counts is the number of bytes under way. Each
-lane is told to hold a few channels and all tokens of a tile, so that the scan along time stays inside a lane, one
-multiply-add a token, without a shuffle.
+lane is told to hold a few channels and all tokens of its warp, so that the scan along time stays inside a lane, one
+multiply-add a token, without a shuffle. Several warps of a program take one stretch of the tile each, and exchange once
+a tile what their stretches do to a state.
 
 Where sequences times blocks of channels are too few to fill the card, time is cut into PARTS as well: a first launch
 finds of every part the product of its decays and the state it leaves when started from zero, a second one runs each
@@ -31,9 +32,10 @@ from torch import Tensor
 
 from latentcot.kernels.launch import Launch, flat, launch_shape
 
-# 64 channels a warp: 4-byte loads of 16-bit inputs, the narrowest that can be copied asynchronously, and the most
-# programs. Three tiles of 16 tokens are under way while one is scanned.
-FORWARD = Launch(chunk=16, block=64, warps=1, stages=4)
+# 64 channels: 4-byte loads of 16-bit inputs, the narrowest that can be copied asynchronously, and the most programs. Two
+# or three tiles are under way while one is scanned. Forward, where gates made on the way keep a warp busy longer than
+# the memory, four warps share a tile of time.
+FORWARD = Launch(chunk=64, block=64, warps=4, stages=3)
 BACKWARD = Launch(chunk=16, block=64, warps=1, stages=3)
 ENOUGH_PROGRAMS = 96  # with fewer, reading the inputs twice costs less than leaving most of the card idle
 WANTED_PROGRAMS = 264
@@ -111,10 +113,10 @@ def _place(offsets, D, FIRST_PART, PARTS: tl.constexpr, SHARES: tl.constexpr, CH
 
 @triton.jit
 def _at(pointer, t, d, row, TOKEN: tl.constexpr):
-    """Pointers ``[CHUNK, BLOCK]`` to channels d of tokens t + row. TOKEN is known to the compiler: offsets of rows are
-    constants inside the instructions, where 64-bit arithmetic for each row would cost more than the scan.
+    """Pointers to channels d of tokens t + row, both shaped to broadcast. TOKEN is known to the compiler: offsets of rows
+    are constants inside the instructions, where 64-bit arithmetic for each row would cost more than the scan.
     """
-    return pointer + row_offset(t, TOKEN) + d[None, :] + row_offset(row, TOKEN)[:, None]
+    return pointer + row_offset(t, TOKEN) + d + row_offset(row, TOKEN)
 
 
 @triton.jit
@@ -137,13 +139,52 @@ def _keep(pointer, t, d, row, mask, tile, TOKEN: tl.constexpr, WHOLE: tl.constex
 
 
 @triton.jit
+def _sum_four(a0, b0, a1, b1, a2, b2, a3, b3, c0, d0, c1, d1, c2, d2, c3, d3):
+    return a0 + c0, b0 + d0, a1 + c1, b1 + d1, a2 + c2, b2 + d2, a3 + c3, b3 + d3
+
+
+@triton.jit
+def _enter(decay, left, carried, WARPS: tl.constexpr):
+    """What each warp's tokens begin with ``[WARPS, BLOCK]``, and what the tile ends with ``[BLOCK]``.
+
+    ``decay, left [WARPS, BLOCK]`` are the maps h -> decay h + left of the warps' tokens, in order.
+    """
+    if WARPS == 1:
+        enter = carried[None, :]
+        carried = tl.sum(decay, 0) * carried + tl.sum(left, 0)
+    else:  # all maps to all warps in one exchange
+        w = tl.arange(0, WARPS)[:, None]
+        a0, b0, a1, b1, a2, b2, a3, b3 = tl.reduce(
+            (
+                tl.where(w == 0, decay, 0.0), tl.where(w == 0, left, 0.0),
+                tl.where(w == 1, decay, 0.0), tl.where(w == 1, left, 0.0),
+                tl.where(w == 2, decay, 0.0), tl.where(w == 2, left, 0.0),
+                tl.where(w == 3, decay, 0.0), tl.where(w == 3, left, 0.0),
+            ), 0, _sum_four,
+        )  # fmt: skip
+        second = a0 * carried + b0
+        third = a1 * second + b1
+        fourth = a2 * third + b2
+        enter = tl.where(w == 0, carried[None, :], second[None, :])
+        if WARPS == 2:
+            carried = third
+        else:
+            enter = tl.where(w == 2, third[None, :], tl.where(w == 3, fourth[None, :], enter))
+            carried = a3 * fourth + b3
+    return enter, carried
+
+
+@triton.jit
 def _forward_tile(
-    x, g, o, floor, carried, total, t, end, d, row,
+    x, g, o, floor, carried, total, t, end, d, step, row,
     D: tl.constexpr, X_TOKEN: tl.constexpr, G_TOKEN: tl.constexpr,
-    SUMMARY: tl.constexpr, FUSED: tl.constexpr, WHOLE: tl.constexpr,
+    SUMMARY: tl.constexpr, FUSED: tl.constexpr, WARPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Tokens t + row of one part: writes h (or, for a summary, only counts), returns what is carried on."""
-    mask = ((t + row) < end)[:, None] & (d < D)[None, :]
+    """Tokens t + row of one part: writes h (or, for a summary, only counts), returns what is carried on.
+
+    ``row [WARPS, STEPS, 1]``, ``step [1, STEPS, 1]`` counts inside a warp, ``d [1, 1, BLOCK]``.
+    """
+    mask = ((t + row) < end) & (d < D)
     b = _fetch(x, t, d, row, mask, 0.0, X_TOKEN, WHOLE)
     if FUSED:  # beyond the end: sigma(inf) = 1, a decay of 1 and no input
         f, nothing, on = three_sigmoids(_fetch(g, t, d, row, mask, float("inf"), G_TOKEN, WHOLE), b)
@@ -151,13 +192,14 @@ def _forward_tile(
         b *= on * ((1.0 - floor) * nothing)
     else:
         a = decay_of(_fetch(g, t, d, row, mask, 0.0, G_TOKEN, WHOLE))
-    b += tl.where((row == 0)[:, None], a * carried[None, :], 0.0)
-    _, h = tl.associative_scan((a, b), 0, _two_steps)
-    carried = tl.sum(tl.where((row == row.shape[0] - 1)[:, None], h, 0.0), 0)
+    decay, h = tl.associative_scan((a, b), 1, _two_steps)
+    last = step == step.shape[1] - 1
+    whole = tl.sum(tl.where(last, decay, 0.0), 1)
+    enter, carried = _enter(whole, tl.sum(tl.where(last, h, 0.0), 1), carried, WARPS)
     if SUMMARY:
-        total *= tl.reduce(a, 0, _product)
+        total *= tl.reduce(whole, 0, _product)
     else:
-        _keep(o, t, d, row, mask, h, D, WHOLE)
+        _keep(o, t, d, row, mask, h + decay * enter[:, None, :], D, WHOLE)
     return carried, total
 
 
@@ -167,12 +209,15 @@ def _forward_kernel(
     D: tl.constexpr, X_TOKEN: tl.constexpr, G_TOKEN: tl.constexpr,
     SUMMARY: tl.constexpr, FUSED: tl.constexpr, HAS_BOUND: tl.constexpr, HAS_STATE: tl.constexpr,
     PARTS: tl.constexpr, SHARES: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n, part, block, _start, first, end = _place(offsets, D, 0, PARTS, SHARES, CHUNK, BLOCK)
     d = block * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     inside = d < D
-    row = tl.arange(0, CHUNK)
+    # the tokens of a warp follow one another, and a lane holds all of them for its channels
+    step = tl.arange(0, CHUNK // WARPS)[None, :, None]
+    row = step + CHUNK // WARPS * tl.arange(0, WARPS)[:, None, None]
+    channel = d[None, None, :]
     carried = tl.zeros([BLOCK], dtype=tl.float32)
     total = tl.full([BLOCK], 1.0, dtype=tl.float32)
     if not SUMMARY:
@@ -183,19 +228,19 @@ def _forward_kernel(
                 at = row_offset(n * PARTS + j, D) + d
                 carried = tl.load(decays + at, mask=inside, other=0.0) * carried
                 carried += tl.load(states + at, mask=inside, other=0.0)
-    floor = tl.zeros([1, BLOCK], dtype=tl.float32)
+    floor = tl.zeros([1, 1, BLOCK], dtype=tl.float32)
     if HAS_BOUND:
-        floor = tl.load(bound + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        floor = tl.load(bound + d, mask=inside, other=0.0).to(tl.float32)[None, None, :]
     whole = ((end - first) // CHUNK).to(tl.int32)
     for tile in tl.range(0, whole, num_stages=STAGES):
         carried, total = _forward_tile(
-            x, g, o, floor, carried, total, first + tile * CHUNK, end, d, row, D, X_TOKEN, G_TOKEN, SUMMARY, FUSED,
-            D % BLOCK == 0,
+            x, g, o, floor, carried, total, first + tile * CHUNK, end, channel, step, row, D, X_TOKEN,
+            G_TOKEN, SUMMARY, FUSED, WARPS, D % BLOCK == 0,
         )  # fmt: skip
     if first + whole * CHUNK < end:
         carried, total = _forward_tile(
-            x, g, o, floor, carried, total, first + whole * CHUNK, end, d, row, D, X_TOKEN, G_TOKEN, SUMMARY, FUSED,
-            False,
+            x, g, o, floor, carried, total, first + whole * CHUNK, end, channel, step, row, D, X_TOKEN,
+            G_TOKEN, SUMMARY, FUSED, WARPS, False,
         )  # fmt: skip
     if SUMMARY:
         at = row_offset(n * PARTS + part, D) + d
@@ -212,13 +257,15 @@ def _backward_tile(
     SUMMARY: tl.constexpr, FUSED: tl.constexpr, HAS_STATE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Tokens t - row: the first row is the latest token. ``before`` is the state ahead of token ``start``."""
-    mask = ((t - row) < end)[:, None] & (d < D)[None, :]
-    dh_tile = _fetch(dh, t, d, -row, mask, 0.0, DH_TOKEN, WHOLE)
+    back = -row[:, None]
+    channel = d[None, :]
+    mask = ((t + back) < end) & (channel < D)
+    dh_tile = _fetch(dh, t, channel, back, mask, 0.0, DH_TOKEN, WHOLE)
     if FUSED:
-        f, nothing = sigmoids(_fetch(g, t, d, -row, mask, float("inf"), G_TOKEN, WHOLE))
+        f, nothing = sigmoids(_fetch(g, t, channel, back, mask, float("inf"), G_TOKEN, WHOLE))
         a = floor + (1.0 - floor) * f
     else:
-        a = decay_of(_fetch(g, t, d, -row, mask, 0.0, G_TOKEN, WHOLE))
+        a = decay_of(_fetch(g, t, channel, back, mask, 0.0, G_TOKEN, WHOLE))
     dh_tile += tl.where((row == 0)[:, None], carried[None, :], 0.0)
     _, _, delta = tl.associative_scan((a, tl.full(a.shape, 1.0, tl.float32), dh_tile), 0, _two_steps_back)
     c = a * delta
@@ -227,21 +274,21 @@ def _backward_tile(
         total *= tl.reduce(a, 0, _product)
     else:
         # WHOLE tiles begin behind the first token, so that what stood before each of their tokens is in o
-        earlier = mask & ((t - row) > start)[:, None]
-        previous = _fetch(o, t - 1, d, -row, earlier, 0.0, D, WHOLE)
+        earlier = mask & ((t + back) > start)
+        previous = _fetch(o, t - 1, channel, back, earlier, 0.0, D, WHOLE)
         if HAS_STATE and not WHOLE:
-            previous = tl.where(((t - row) == start)[:, None], before[None, :], previous)
+            previous = tl.where((t + back) == start, before[None, :], previous)
         if FUSED:
-            i = _fetch(x, t, d, -row, mask, 0.0, X_TOKEN, WHOLE)
+            i = _fetch(x, t, channel, back, mask, 0.0, X_TOKEN, WHOLE)
             on, off = sigmoids(i)
             opening = (1.0 - floor) * nothing
             d_alpha = delta * (previous - i * on)  # alpha scales what was there and, as 1 - alpha, what comes in
             d_floor += tl.sum(d_alpha * nothing, 0)
-            _keep(dg, t, d, -row, mask, d_alpha * opening * f, D, WHOLE)
-            _keep(dx, t, d, -row, mask, delta * opening * on * (1.0 + i * off), D, WHOLE)
+            _keep(dg, t, channel, back, mask, d_alpha * opening * f, D, WHOLE)
+            _keep(dx, t, channel, back, mask, delta * opening * on * (1.0 + i * off), D, WHOLE)
         else:
-            _keep(dg, t, d, -row, mask, c * previous, D, WHOLE)
-            _keep(dx, t, d, -row, mask, delta, D, WHOLE)
+            _keep(dg, t, channel, back, mask, c * previous, D, WHOLE)
+            _keep(dx, t, channel, back, mask, delta, D, WHOLE)
     return carried, total, d_floor
 
 
@@ -304,8 +351,10 @@ def _backward_kernel(
 
 def config(kernel: str, T: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Launch, int]:
     """The launch shape of ``"gated_scan_forward"`` or ``"gated_scan_backward"``, and the parts that time is cut into."""
-    default = FORWARD if kernel.endswith("forward") else BACKWARD
-    shape = launch_shape(kernel, D, 1, dtype, device, default)
+    forward = kernel.endswith("forward")
+    shape = launch_shape(kernel, D, 1, dtype, device, FORWARD if forward else BACKWARD)
+    if forward and (shape.warps not in (1, 2, 4) or shape.chunk % shape.warps):
+        raise ValueError(f"{kernel}: launch shape {shape}, expected 1, 2 or 4 warps, a divisor of the chunk")
     programs = N * triton.cdiv(D, shape.block)
     if programs >= ENOUGH_PROGRAMS:
         return shape, 1
@@ -313,12 +362,11 @@ def config(kernel: str, T: int, N: int, D: int, dtype: torch.dtype, device: torc
     return shape, max(1, min(triton.cdiv(WANTED_PROGRAMS, max(programs, 1)), tiles // 4))
 
 
-def _constants(shape: Launch, parts: int, **others: int) -> dict[str, Any]:
-    """What a kernel is compiled for."""
-    vector = max(1, shape.block // (32 * shape.warps))
+def _constants(shape: Launch, parts: int, across: int, **others: int) -> dict[str, Any]:
+    """What a kernel is compiled for; ``across`` warps lie side by side along the channels."""
     return {
-        "PARTS": parts, "CHUNK": shape.chunk, "BLOCK": shape.block, "VECTOR": vector, "STAGES": shape.stages,
-        "num_warps": shape.warps, **others,
+        "PARTS": parts, "CHUNK": shape.chunk, "BLOCK": shape.block, "VECTOR": max(1, shape.block // (32 * across)),
+        "STAGES": shape.stages, "num_warps": shape.warps, **others,
     }  # fmt: skip
 
 
@@ -343,8 +391,8 @@ def forward(
     for summary in (True, False) if parts > 1 else (False,):
         shares = parts - 1 if summary else parts  # nothing follows the last part: it needs no summary
         constants = _constants(
-            shape, parts, D=D, X_TOKEN=x.stride(1), G_TOKEN=gate.stride(1), SUMMARY=summary, FUSED=fused,
-            HAS_BOUND=bound is not None, HAS_STATE=h0 is not None, SHARES=shares,
+            shape, parts, 1, D=D, X_TOKEN=x.stride(1), G_TOKEN=gate.stride(1), SUMMARY=summary, FUSED=fused,
+            HAS_BOUND=bound is not None, HAS_STATE=h0 is not None, SHARES=shares, WARPS=shape.warps,
         )  # fmt: skip
         grid = (N * shares * triton.cdiv(D, shape.block),)
         _forward_kernel[grid](x, gate, bound, o, h0, final, decays, states, offsets, **constants)
@@ -377,7 +425,7 @@ def backward(
     for summary in (True, False) if parts > 1 else (False,):
         shares = parts - 1 if summary else parts
         constants = _constants(
-            shape, parts, D=D, X_TOKEN=0 if x is None else x.stride(1), G_TOKEN=gate.stride(1), DH_TOKEN=dh.stride(1),
+            shape, parts, shape.warps, D=D, X_TOKEN=0 if x is None else x.stride(1), G_TOKEN=gate.stride(1), DH_TOKEN=dh.stride(1),
             SUMMARY=summary, FUSED=fused, HAS_BOUND=bound is not None, HAS_STATE=h0 is not None, SHARES=shares,
         )  # fmt: skip
         grid = (N * shares * triton.cdiv(D, shape.block),)

@@ -62,10 +62,10 @@ def compare(S, D, dtype, with_state):
     return {name: relative_rms(actual[name], expected[name]) for name in expected}
 
 
-def short_tiles():
-    """Tiles of two tokens, so that a few tokens are several tiles and enough of them to cut time into parts."""
+def short_tiles(warps=1):
+    """Tiles of two tokens a warp, so that a few tokens are several tiles and enough of them to cut time into parts."""
     shape = Launch(chunk=2, block=32, warps=1, stages=2)
-    return override(gated_scan_forward=shape, gated_scan_backward=shape)
+    return override(gated_scan_forward=shape._replace(chunk=2 * warps, warps=warps), gated_scan_backward=shape)
 
 
 def in_parts(S, D, dtype, with_state):
@@ -78,7 +78,7 @@ def in_parts(S, D, dtype, with_state):
 
 
 def packed_in_parts():
-    with short_tiles():
+    with short_tiles(warps=2):
         return packed("fp32")
 
 
@@ -126,7 +126,7 @@ def growth():
     x, g, h0, _, _ = inputs(9, 20, 2, torch.float32)
     g[1, 4, 7] = 1e-3
     found = []
-    for shapes in (override(), short_tiles()):
+    for shapes in (override(), short_tiles(), short_tiles(warps=2)):
         with shapes:
             found.append(scan_forward(x, g, h0, None)[0].isnan())
     expected = torch.zeros(2, 9, 20, dtype=torch.bool)
