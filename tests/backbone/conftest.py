@@ -102,7 +102,8 @@ class Layer:
         return self.mixer(x, self.context(x, **options), state)
 
     def to(self, dtype: torch.dtype) -> "Layer":
-        return Layer(self.mixer.to(dtype), self.bounds)
+        wide = torch.promote_types(dtype, torch.float32)  # a model computes its bounds in no less
+        return Layer(self.mixer.to(dtype), None if self.bounds is None else self.bounds.to(wide))
 
 
 def _make_layer(name: str) -> Layer:
