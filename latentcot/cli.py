@@ -48,32 +48,56 @@ def root(
 @app.command("compare")
 def compare_command(
     preset: Annotated[
-        str, typer.Argument(help="Name of the comparison; `quickstart` takes minutes on two CPU cores.")
+        str,
+        typer.Argument(
+            help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) about 25, "
+            "`mqar` (recall at the published size) minutes."
+        ),
     ] = "quickstart",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; default out/PRESET. Run again: it continues there.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Training seeds for every method.")] = 1,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated methods instead of the preset's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Training seeds for every method; default 1, 2 for `hybrid-ratio`.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated methods (mixers for `hybrid-ratio` and `mqar`) instead of the preset's."),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Another task instead of the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
     items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.")] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Runs side by side, sharing the cores; default one a core, of one thread each.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="`hybrid-ratio`, `mqar`: about two minutes, to see that it runs.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="`hybrid-ratio`: folder of the written page; default the results' folder.")
+    ] = None,
 ) -> None:
     """Train and evaluate several methods on one backbone and task; write table, plots and a report page."""
     _needs("compare", "accelerate", "matplotlib")
+    if preset in ("hybrid-ratio", "mqar"):
+        from latentcot.compare.studies import run_study
+
+        for name, value in (("task", task), ("steps", steps), ("items", items)):
+            if value is not None:
+                raise ValueError(f"--{name} belongs to other comparisons, not to {preset!r}")
+        run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, _names(methods), page)
+        return
+    if quick or page is not None:
+        raise ValueError(f"--quick and --page belong to hybrid-ratio and mqar, not to {preset!r}")
     from latentcot.compare import PRESETS, run_comparison, with_options, write_report
     from latentcot.compare.report import claim_sentences, terminal_table
 
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}")
-    chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods is not None else None
-    comparison = with_options(PRESETS[preset](), steps=steps, methods=chosen, task=task, items=items)
+        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join([*PRESETS, 'hybrid-ratio', 'mqar'])}")
+    comparison = with_options(PRESETS[preset](), steps=steps, methods=_names(methods), task=task, items=items)
     folder = out or Path("out") / preset
     console = Console()
-    results = run_comparison(comparison, folder, seeds, jobs, console)
+    results = run_comparison(comparison, folder, 1 if seeds is None else seeds, jobs, console)
     page = write_report(results, folder)
     console.print(terminal_table(results))
     for sentence in claim_sentences(results):
@@ -123,6 +147,10 @@ def backends_command() -> None:
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for operator in ("gated_scan", "decay_attention", "delta_rule"):
             typer.echo(str(explain_backend(operator, device=torch.device(device), dtype=torch.float32)))
+
+
+def _names(listed: str | None) -> list[str] | None:
+    return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
 
 
 def _needs(extra: str, *modules: str) -> None:

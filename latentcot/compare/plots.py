@@ -1,7 +1,7 @@
 """Pictures of a comparison. Every line has a marker and a dash pattern of its own, so that none is told apart by colour alone."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ def style(index: int) -> tuple[str, str, str]:
 
 def draw_all(results: dict[str, Any], rows: Sequence[MethodSummary], folder: Path) -> dict[str, Path]:
     """Write ``accuracy.png``, ``cost.png`` and ``loss.png``; returns name -> file."""
+    drawings = {"accuracy": _accuracy, "cost": _cost, "loss": _loss}
+    return save_figures(
+        {name: lambda axes, draw=draw: draw(axes, results, rows) for name, draw in drawings.items()}, folder
+    )
+
+
+def save_figures(drawings: Mapping[str, Callable[[Any], None]], folder: Path) -> dict[str, Path]:
+    """Call each drawing with axes of its own and write ``<name>.png``; returns name -> file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,9 +49,9 @@ def draw_all(results: dict[str, Any], rows: Sequence[MethodSummary], folder: Pat
             "svg.hashsalt": "latentcot",
         }
     ):
-        for name, draw in (("accuracy", _accuracy), ("cost", _cost), ("loss", _loss)):
+        for name, draw in drawings.items():
             figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-            draw(axes, results, rows)
+            draw(axes)
             path = folder / f"{name}.png"
             partial = folder / f"{name}.tmp.png"
             figure.savefig(partial, metadata={"Software": "latentcot"})

@@ -4,14 +4,14 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from latentcot.compare.presets import Comparison, MethodSpec
 from latentcot.compare.worker import (
     RESULT_SCHEMA,
     Job,
+    Report,
     load_result,
     make_reasoner,
     make_tasks,
@@ -41,12 +42,26 @@ def _adopt(queue: Any) -> None:
     _QUEUE = queue
 
 
-def _work(job: Job) -> dict[str, Any]:
+class AnyJob(Protocol):
+    """What :func:`run_all` asks of a job; it must pickle."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def steps(self) -> int: ...
+
+
+Runner = Callable[[Any, Report], dict[str, Any]]
+"""Runs one job to its result; a function of a module, so that worker processes find it."""
+
+
+def _work(run: Runner, job: AnyJob) -> dict[str, Any]:
     def say(name: str, step: int, of: int, what: str) -> None:
         if step % REPORT_EVERY == 0 or step == of:
             _QUEUE.put((name, step, what))
 
-    return run_job(job, say)
+    return run(job, say)
 
 
 def check(comparison: Comparison) -> None:
@@ -91,12 +106,7 @@ def run_comparison(
     """
     if seeds < 1:
         raise ValueError(f"seeds: at least 1 is needed, got {seeds}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = cores if jobs is None else jobs
-    if jobs < 1:
-        raise ValueError(f"jobs: at least 1 is needed, got {jobs}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file, expected a folder")
+    cores, jobs = check_places(out, jobs)
     console = console or Console()
     check(comparison)
     planned = [
@@ -118,7 +128,7 @@ def run_comparison(
         console.print(f"{len(results)} of {len(planned)} runs are finished already in {out}")
     # The longest runs first, so that no core is idle at the end.
     todo.sort(key=lambda job: _expected_cost(job), reverse=True)
-    results |= _run_all(todo, jobs, console)
+    results |= run_all(todo, run_job, jobs, console)
     summary = {
         "schema": RESULT_SCHEMA,
         "comparison": {**{k: v for k, v in asdict(comparison).items() if k != "methods"}, "seeds": seeds},
@@ -126,19 +136,36 @@ def run_comparison(
         "vocabulary": evaluation.limits.vocab_size,
         "trained_to": task.config.max_difficulty,
         "baselines": baselines,
-        "machine": {
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "cores": cores,
-            "jobs": jobs,
-            **{name: version(name) for name in ("latentcot", "torch", "transformers", "accelerate")},
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-        },
+        "machine": machine(cores, jobs),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": [results[job.name] for job in planned],
     }
     write_json(out / "results.json", summary)
     return json.loads((out / "results.json").read_text())  # as any later reader sees it
+
+
+def check_places(out: Path, jobs: int | None) -> tuple[int, int]:
+    """Cores of this machine, and how many runs go side by side (default one a core). Raises ``ValueError`` for less than one, or when
+    ``out`` is a file."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = cores if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"jobs: at least 1 is needed, got {jobs}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, expected a folder")
+    return cores, jobs
+
+
+def machine(cores: int, jobs: int) -> dict[str, Any]:
+    """What a result was made on."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores,
+        "jobs": jobs,
+        **{name: version(name) for name in ("latentcot", "torch", "transformers", "accelerate")},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
 
 
 def _expected_cost(job: Job) -> float:
@@ -147,7 +174,9 @@ def _expected_cost(job: Job) -> float:
     return order.get(job.method.name, 1.0)
 
 
-def _run_all(todo: Sequence[Job], jobs: int, console: Console) -> dict[str, dict[str, Any]]:
+def run_all(todo: Sequence[AnyJob], run: Runner, jobs: int, console: Console) -> dict[str, dict[str, Any]]:
+    """Run jobs in ``jobs`` worker processes, one bar each; results by name. When one fails or the user stops, the others are ended:
+    they go on from their checkpoints next time."""
     if not todo:
         return {}
     results: dict[str, dict[str, Any]] = {}
@@ -158,19 +187,18 @@ def _run_all(todo: Sequence[Job], jobs: int, console: Console) -> dict[str, dict
     ):
         queue = manager.Queue()
         bars: dict[str, TaskID] = {
-            job.name: progress.add_task(job.name, total=job.comparison.train.steps, what="waiting", start=False)
-            for job in todo
+            job.name: progress.add_task(job.name, total=job.steps, what="waiting", start=False) for job in todo
         }
         executor = ProcessPoolExecutor(min(jobs, len(todo)), context, _adopt, (queue,))
         try:
-            running: dict[Future[dict[str, Any]], Job] = {executor.submit(_work, job): job for job in todo}
+            running: dict[Future[dict[str, Any]], AnyJob] = {executor.submit(_work, run, job): job for job in todo}
             while running:
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 _drain(queue, progress, bars)
                 for future in done:
                     job = running.pop(future)
                     results[job.name] = future.result()
-                    progress.update(bars[job.name], completed=job.comparison.train.steps, what="done")
+                    progress.update(bars[job.name], completed=job.steps, what="done")
                     if not console.is_terminal:
                         console.print(
                             f"{job.name}: done in {results[job.name]['training']['seconds']:.0f} s ({len(running)} to go)"

@@ -42,6 +42,10 @@ class Job:
     def name(self) -> str:
         return run_name(self.method.name, self.seed)
 
+    @property
+    def steps(self) -> int:
+        return self.comparison.train.steps
+
 
 def run_name(method: str, seed: int) -> str:
     return f"{method}-seed{seed}"
@@ -141,17 +145,23 @@ def identity(job: Job) -> dict[str, Any]:
 
 def load_result(job: Job) -> dict[str, Any] | None:
     """The finished result of a job, or ``None``. Raises ``ValueError`` when the file is damaged or another configuration's."""
-    path = job.folder / "result.json"
+    return read_result(job.folder, job.name, identity(job), RESULT_SCHEMA)
+
+
+def read_result(folder: Path, name: str, expected: dict[str, Any], schema: int) -> dict[str, Any] | None:
+    """``folder/result.json`` of the run ``name``, ``None`` when there is none. Raises ``ValueError`` when the file is damaged, or its
+    ``schema`` or ``identity`` is not the expected one."""
+    path = folder / "result.json"
     if not path.is_file():
         return None
     try:
         result = json.loads(path.read_text())
-        known, schema = result["identity"], result["schema"]
+        known, found = result["identity"], result["schema"]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"result {path} is damaged ({error!r}); delete it to run {job.name} again") from error
-    if schema != RESULT_SCHEMA or known != identity(job):
+        raise ValueError(f"result {path} is damaged ({error!r}); delete it to run {name} again") from error
+    if found != schema or known != expected:
         raise ValueError(
-            f"result {path} belongs to another configuration; choose another output folder (--out) or delete {job.folder}"
+            f"result {path} belongs to another configuration; choose another output folder (--out) or delete {folder}"
         )
     return result
 

@@ -2,6 +2,10 @@ r"""The one training loop of every method, on accelerate.
 
 Each optimiser step n draws from generators seeded by (seed, n) and reads batch n of the data, so that a run which was killed and
 resumed is the run that was not. Learning rate: linear warm-up, then cosine to ``final_rate`` of the peak, over the whole budget.
+
+Started by ``accelerate launch`` or ``torchrun`` in several processes, each reads its share of batch n and gradients are averaged.
+What is reported (loss, FLOPs) is of all of them; the first process alone writes checkpoints and is watched. A checkpoint does not
+know how many processes there were: a run may go on with another number if its source deals out global batches.
 """
 
 import hashlib
@@ -41,7 +45,7 @@ class TrainConfig:
         learning_rate: peak; ``final_rate`` is the share of it left at the end.
         warmup_steps: linear warm-up from 0.
         weight_decay: decoupled, on matrices only (vectors, norms and scalars are left alone).
-        betas, grad_clip: of AdamW; global gradient norm. ``grad_clip=None`` switches clipping off.
+        betas, eps, grad_clip: of AdamW; global gradient norm. ``grad_clip=None`` switches clipping off.
         seed: of initialisation and of every draw in training; never of the data.
         checkpoint_every: steps between checkpoints; 0 = only at the end.
         log_every: steps between entries of the loss history.
@@ -54,6 +58,7 @@ class TrainConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
     grad_clip: float | None = 1.0
     seed: int = 0
     checkpoint_every: int = 200
@@ -69,6 +74,7 @@ class TrainConfig:
             ("learning_rate", 0.0, 1.0),
             ("final_rate", 0.0, 1.0),
             ("weight_decay", 0.0, float("inf")),
+            ("eps", 0.0, 1.0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -122,7 +128,7 @@ def train(
     phases = tuple(reasoner.phases())
     borders = phase_borders(phases, config.steps)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(reasoner, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        _parameter_groups(reasoner, config.weight_decay), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )
     model, optimizer = accelerator.prepare(reasoner, optimizer)
     run = _run_name(reasoner, data, config)
@@ -161,8 +167,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * rate(step, config)
             output = model(batch, context, carry)
-            value = float(output.loss.detach())
-            if not isfinite(value):
+            value, flops = _over_processes(accelerator, float(output.loss.detach()), output.flops)
+            if not isfinite(value):  # in all processes at once: none is left waiting for the others
                 raise FloatingPointError(f"loss is {value} at step {step} (phase {phase.name!r}) of {reasoner.method}")
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(output.loss)
@@ -179,11 +185,11 @@ def train(
                 average = _moved_average(average, accelerator.unwrap_model(model), phase.ema)
             progress.step = step + 1
             progress.examples += len(batch) * accelerator.num_processes
-            progress.flops += TRAINING_FACTOR * output.flops * accelerator.num_processes
+            progress.flops += TRAINING_FACTOR * flops
             progress.seconds = before + time.perf_counter() - started
             if progress.step % config.log_every == 0 or progress.step == config.steps:
                 progress.history.append({"step": progress.step, "loss": value, **output.parts})
-            if watch is not None:
+            if watch is not None and accelerator.is_main_process:
                 watch(progress.step, config.steps, value, phase.name)
             due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
             if path is not None and accelerator.is_main_process and (due or progress.step == config.steps):
@@ -193,12 +199,23 @@ def train(
         if close is not None:
             close()
         reasoner.requires_grad_(True)
+    accelerator.wait_for_everyone()  # no process leaves before the last checkpoint is whole
     if average is not None:
         accelerator.unwrap_model(model).load_state_dict(average, strict=False)
     model.eval()
     return TrainReport(
         progress.step, progress.examples, progress.flops, progress.seconds, count_parameters(reasoner), progress.history
     )
+
+
+def _over_processes(accelerator: Accelerator, loss: float, flops: float) -> tuple[float, float]:
+    """Mean loss and sum of FLOPs over all processes."""
+    if accelerator.num_processes == 1:
+        return loss, flops
+    both = torch.tensor([loss, flops], dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(both, reduction="sum")
+    assert isinstance(total, Tensor)
+    return float(total[0]) / accelerator.num_processes, float(total[1])
 
 
 def phase_borders(phases: Sequence[Phase], steps: int) -> list[int]:
