@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from transformers.initialization import no_init_weights
 
-from latentcot.backbone import CheckpointError
+from latentcot.backbone import CheckpointError, HybridForCausalLM
 from latentcot.backbone.checkpoint_config import FAMILIES, config_from_published, config_to_published
+from latentcot.backbone.checkpoint_keys import plan_keys
 from latentcot.backbone.presets import preset, preset_names
 
 PUBLISHED: dict[str, Any] = {
@@ -89,3 +92,22 @@ def test_attention_layers_may_come_in_groups_and_in_any_order():
 def test_configurations_that_ask_for_something_else_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
         config_from_published({**PUBLISHED, **changes})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_published_file_of_1_3b_fits_its_preset_tensor_by_tensor(fused):
+    """459 tensors with 1,466,344,000 numbers, as its index says; shapes alone, no memory."""
+    with torch.device("meta"), no_init_weights():
+        model = HybridForCausalLM(preset("gated_deltanet-1.3b-pure"))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = wanted | {f"model.layers.{i}.attn.D": (8,) for i in range(24)}
+    assert len(stored) == 459
+    assert sum(torch.Size(shape).numel() for shape in stored.values()) == 1_466_344_000
+    if fused:
+        for i in range(24):
+            del stored[f"model.layers.{i}.mlp.up_proj.weight"]
+            stored[f"model.layers.{i}.mlp.gate_proj.weight"] = (2 * 5632, 2048)
+    plan = plan_keys(stored, wanted)
+    assert set(plan.pieces) == set(wanted)
+    assert list(plan.dropped) == [f"model.layers.{i}.attn.D" for i in range(24)]
+    assert len(plan.split) == (24 if fused else 0)
