@@ -130,7 +130,7 @@ def load_checkpoint(
         raise ValueError("dtype, device: a model was given, which has its own; leave them out")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: {dtype} given, expected a floating-point dtype")
-    fetch = _local(Path(source)) if Path(source).exists() else _hub(str(source), revision)
+    fetch = _local(Path(source)) if Path(source).exists() else _hub(source, revision)
     folder = fetch(["config.json"])
     config, family, ignored, unknown = _read_config(folder)
     if unknown:
@@ -224,7 +224,10 @@ def _local(path: Path) -> Fetch:
     return lambda patterns: path
 
 
-def _hub(name: str, revision: str | None) -> Fetch:
+def _hub(source: str | os.PathLike[str], revision: str | None) -> Fetch:
+    name = os.fspath(source)
+    if not isinstance(source, str):
+        raise CheckpointError(f"source: there is no folder {name!r} (a name on the hub is given as a string)")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"source: there is no folder {name!r}, and as a name on the hub it would be owner/name")
 

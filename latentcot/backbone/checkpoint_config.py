@@ -251,7 +251,10 @@ def config_from_published(values: Mapping[str, Any]) -> tuple[HybridConfig, dict
     inherited = set(PreTrainedConfig().to_dict())
     rest = {k: v for k, v in values.items() if k not in {*fields, *SHARED, *MUST_BE}}
     ignored = {k: v for k, v in rest.items() if k in hints}
-    return config, ignored, {k: v for k, v in rest.items() if k not in hints | inherited}
+    unknown = {k: v for k, v in rest.items() if k not in hints | inherited}
+    for group in _attention_groups(values.get("attn") if family.mixer != "attention" else None):
+        unknown |= {f"attn.{k}": v for k, v in group.items() if k not in {"layers", "qk_norm", *ATTENTION_FIELDS}}
+    return config, ignored, unknown
 
 
 def config_to_published(config: HybridConfig) -> dict[str, Any]:
@@ -336,16 +339,18 @@ def _attention_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return options
 
 
+def _attention_groups(attn: Any) -> list[Any]:
+    return attn if isinstance(attn, list) else [attn] if attn else []
+
+
 def _read_attention(attn: Any) -> tuple[dict[str, Any], list[int]]:
     """``attn``, a dict or a list of dicts, as attention options and full layers."""
-    groups = attn if isinstance(attn, list) else [attn]
+    groups = _attention_groups(attn)
     for group in groups:
         if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
             raise CheckpointError(f"config.json: attn needs a list of layers, got {group!r}")
         if group.get("qk_norm"):
             raise CheckpointError("config.json: attn.qk_norm = true is not supported, expected false")
-        if unknown := sorted(set(group) - {"layers", "qk_norm", *ATTENTION_FIELDS}):
-            raise CheckpointError(f"config.json: attn has unknown field(s) {unknown}")
     options = [_attention_options(group, "config.json: attn") for group in groups]
     if any(each != options[0] for each in options):
         raise CheckpointError(

@@ -580,6 +580,8 @@ def test_what_the_hub_does_not_give_is_told_in_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=r"no folder 'a/b', and the hub did not give it .*no route to host"):
         load_checkpoint("a/b")
+    with pytest.raises(CheckpointError, match="a name on the hub is given as a string"):
+        load_checkpoint(Path("a/b"))
     for name in ("nothing", "a/b/c", str(tmp_path / "missing")):
         with pytest.raises(CheckpointError, match="as a name on the hub it would be owner/name"):
             load_checkpoint(name)
