@@ -191,6 +191,22 @@ def test_states_are_fp32_in_16_bits_and_do_not_grow(layer, tokens):
     assert short.nbytes == long.nbytes
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+def test_16_bits_round_and_nothing_more(layer, tokens, autocast):
+    """Weights and activations in bf16, or fp32 weights under autocast: within a few roundings of fp64, padding included."""
+    mask, x = masks("left"), tokens(3, 21)
+    expected, _ = layer(x, attention_mask=mask)
+    layer = layer.to(torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = x.to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
+        o, _ = layer(y, attention_mask=mask, keep_state=True)
+    assert o.dtype == torch.bfloat16
+    assert (o[mask].double() - expected[mask]).norm() < 0.02 * expected[mask].norm()
+    o[mask].float().square().sum().backward()
+    assert y.grad.isfinite().all()
+    assert (y.grad[~mask] == 0).all()
+
+
 SIZES = {  # MiB a layer at the 340M and 1.3B sizes, and numbers of the convolutions over D
     "hgrn": (4 / 1024, 8 / 1024, 0),
     "gla": (0.5, 2.0, 0),
@@ -269,10 +285,14 @@ def test_one_context_serves_several_backward_passes():
 
 
 @pytest.mark.parametrize("mixer", ["deltanet", "gated_deltanet", "gla", "hgrn", "hgrn2"])
-def test_a_model_draws_the_taps_of_its_convolutions(mixer):
+def test_a_model_draws_the_taps_of_its_convolutions_and_loading_keeps_them(tmp_path, mixer):
     options = {mixer: {**OPTIONS[mixer], "use_short_conv": True, "conv_size": 3}}
-    taps = {name: p for name, p in make_model([mixer] * 2, **options).named_parameters() if "conv1d" in name}
+    model = make_model([mixer] * 2, torch.float32, **options)
+    taps = {name: p for name, p in model.named_parameters() if "conv1d" in name}
     assert len(taps) == 2 * (2 if mixer == "hgrn" else 3)
     for weight in taps.values():
         assert 0.4 < weight.abs().max() <= 1 / math.sqrt(3)
         assert weight.std() > 0.25
+    model.save_pretrained(tmp_path)
+    loaded = HybridForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
