@@ -10,6 +10,7 @@ the number of processes.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,17 +86,13 @@ def tokenize_corpus(
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     partial = folder.with_name(folder.name + ".tmp")
     partial.mkdir(parents=True, exist_ok=True)
-    starts, count = [], 0
-    with open(partial / "tokens.bin", "wb") as file:
-        for together in _chunks(documents, _TOGETHER):
-            for ids in tokenizer(together, add_special_tokens=False)["input_ids"]:
-                starts.append(count)
-                count += len(ids) + 1
-                file.write(np.array([*ids, end], dtype=dtype).tobytes())
-            if watch is not None:
-                watch(len(starts), count)
-    if not count:
-        raise ValueError("documents: there is no text")
+    try:
+        starts, count = _write_tokens(partial / "tokens.bin", documents, tokenizer, dtype, watch)
+        if not count:
+            raise ValueError("documents: there is no text")
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     np.save(partial / "starts.npy", np.array(starts, dtype=np.int64))
     digest = hashlib.sha256()
     with open(partial / "tokens.bin", "rb") as file:
@@ -113,6 +110,22 @@ def tokenize_corpus(
     write_text(partial / "corpus.json", json.dumps(description, indent=1, sort_keys=True) + "\n")
     os.replace(partial, folder)
     return TokenizedText(folder)
+
+
+def _write_tokens(
+    path: Path, documents: Iterable[str], tokenizer: Any, dtype: Any, watch: Watcher | None
+) -> tuple[list[int], int]:
+    """Where each document begins, and the tokens in all."""
+    starts, count = [], 0
+    with open(path, "wb") as file:
+        for together in _chunks(documents, _TOGETHER):
+            for ids in tokenizer(together, add_special_tokens=False)["input_ids"]:
+                starts.append(count)
+                count += len(ids) + 1
+                file.write(np.array([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
+            if watch is not None:
+                watch(len(starts), count)
+    return starts, count
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
