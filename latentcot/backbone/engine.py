@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentcot.backbone.engine_steps import AttentionStep, BlockStep, Clock
+from latentcot.backbone.engine_steps import AttentionStep, BlockStep, Clock, project_in
 from latentcot.backbone.generation import GREEDY, Sampling, prefill
 from latentcot.backbone.mixers.base import LOWER_BOUNDS
 from latentcot.backbone.mixers.bounds import stacked_bounds
@@ -247,7 +247,7 @@ class DecodeEngine:
             hidden = hidden * scale
         for block in self.blocks:
             hidden = block(hidden)
-        self.logits = F.linear(model.model.norm(hidden), self._head)
+        self.logits = project_in(hidden, self._head, None, model.model.norm, self.clock)
         self.token.copy_(self.sampling.choose(self.logits, self.generator))
         self.clock.position.add_(self.running)
 

@@ -4,19 +4,20 @@ Everything that does not depend on the token is done once, when a step is built:
 matrix, gates' constants become fp32, states become buffers whose addresses never change. Positions live on the device, so no step
 waits for it and the whole model can be captured in a CUDA graph.
 
-Launches a token on a GPU, of a block with norms in front (``pre``):
+Launches a token on a GPU, of a block with norms in front (``pre``), counted from the code; what stands in brackets shares a launch
+when there are at most four rows (:mod:`latentcot.kernels.delta_rule.triton_matvec`):
 
-========================= ============================================================================== =====
-block                     launches                                                                       count
-========================= ============================================================================== =====
-Gated DeltaNet            norm, projection, token (convolution to read), gated norm, output + residual   5
-attention                 norm, projection, rotation (8), 2 writes, softmax attention, output + residual 14
-any other mixer           norm, what the mixer's own ``forward`` takes, a copy a state tensor            -
-MLP                       norm, gate and up, SwiGLU, down + residual                                     4
-========================= ============================================================================== =====
+========================= ================================================================================ ========= ========
+block                     launches                                                                         many rows few rows
+========================= ================================================================================ ========= ========
+Gated DeltaNet            [norm, projection], token (convolution to read), [gated norm, output + residual] 5         3
+attention                 [norm, projection], rotation (9), 2 writes, softmax attention, output + residual 15        14
+any other mixer           norm, what the mixer's own ``forward`` takes, a copy a state tensor              -         -
+MLP                       [norm, gate and up], [SwiGLU, down + residual]                                   4         2
+========================= ================================================================================ ========= ========
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from latentcot.backbone.block import Block, SwiGLU
 from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.mixers import GatedDeltaNet, Mixer, SoftmaxAttention
+from latentcot.backbone.norms import RMSNorm
 from latentcot.backbone.rotary import apply_rotary, rotary_table
 from latentcot.backbone.state import LayerState
 from latentcot.kernels import l2_norm
@@ -57,6 +59,7 @@ class Clock:
         self.position = torch.zeros(batch, dtype=torch.long, device=device)  # tokens before this one
         self.rows = torch.arange(batch, device=device)
         self.columns = torch.arange(max_length, device=device)
+        self.in_triton = serves_triton(device, dtype)
         self.window = max_length  # columns of the buffers that are looked at: all tokens lie within
         self._lasting: dict[Any, tuple[Tensor, ...]] = {}
         self._token: dict[Any, Any] = {}
@@ -108,12 +111,43 @@ def joined(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return F.pad(torch.cat(weights), (0, 0, 0, missing)), bias
 
 
-def project_out(x: Tensor, layer: nn.Linear, residual: Tensor | None) -> Tensor:
-    """``residual + x W^T`` in one product."""
+def serves_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels of decoding run: a CUDA device with Triton, and no fp64."""
+    return device.type == "cuda" and missing_for_triton("delta_rule", device, dtype) is None
+
+
+def project_in(x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, clock: Clock) -> Tensor:
+    """``norm(x) W^T + bias``: one launch for a few rows."""
+    if clock.in_triton and bias is None:
+        from latentcot.kernels.delta_rule.triton_matvec import matvec, serves
+
+        if serves(x.shape[0], weight.shape[1]):
+            if norm is None:
+                return matvec(x, weight)
+            return matvec(x, weight, before="rms", norm=norm.weight, eps=norm.eps)
+    return F.linear(x if norm is None else norm(x), weight, bias)
+
+
+def project_out(
+    x: Tensor, layer: nn.Linear, residual: Tensor | None, clock: Clock, before: Literal["none", "swiglu"] = "none"
+) -> Tensor:
+    """``residual + f(x) W^T``, f the identity or SwiGLU of gate and up side by side."""
+    weight = layer.weight
+    if clock.in_triton:
+        from latentcot.kernels.delta_rule.triton_decode import swiglu
+        from latentcot.kernels.delta_rule.triton_matvec import matvec, serves
+
+        if serves(x.shape[0], weight.shape[1]) and layer.bias is None:
+            return matvec(x, weight, before=before, residual=residual)
+        if before == "swiglu":
+            x = swiglu(x)
+    elif before == "swiglu":
+        gate, up = x.chunk(2, 1)
+        x = F.silu(gate) * up
     if residual is None or layer.bias is not None:
-        y = F.linear(x, layer.weight, layer.bias)
+        y = F.linear(x, weight, layer.bias)
         return y if residual is None else residual + y
-    return torch.addmm(residual, x, layer.weight.t())
+    return torch.addmm(residual, x, weight.t())
 
 
 class MixerStep:
@@ -125,8 +159,8 @@ class MixerStep:
         self.mixer, self.clock = mixer, clock
         self.buffers: dict[str, Tensor] = {}
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """``x [B, D]`` behind its norm to ``residual`` plus the mixer's output."""
+    def __call__(self, x: Tensor, residual: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        """``x [B, D]``, in front of ``norm`` if there is one, to ``residual`` plus the mixer's output."""
         raise NotImplementedError(f"{type(self).__name__} takes no step")
 
     def write(self, rows: Tensor, entry: LayerState, lengths: Tensor, order: Tensor) -> None:
@@ -156,7 +190,8 @@ class PlainStep(MixerStep):
             name: torch.zeros_like(t, memory_format=torch.contiguous_format) for name, t in state.tensors.items()
         }
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
         y, state = self.mixer(x[:, None], self.clock.context(), LayerState(self.mixer.name, self.buffers))
         for name, buffer in self.buffers.items():
             buffer.copy_(state[name])
@@ -193,26 +228,34 @@ class GatedDeltaNetStep(MixerStep):
             "matrix": torch.zeros(clock.batch, m.v_heads, m.K, m.V, dtype=precise, device=clock.device),
             "ring": torch.zeros(clock.batch, self.W, self.convolved, dtype=clock.dtype, device=clock.device),
         }
-        self.in_triton = (
-            clock.device.type == "cuda" and missing_for_triton("delta_rule", clock.device, clock.dtype) is None
-        )
-        self.how = "one Triton launch between its projections" if self.in_triton else "PyTorch in place"
+        self.how = "one Triton launch between its projections" if clock.in_triton else "PyTorch in place"
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         m, B = self.mixer, x.shape[0]
-        projected = F.linear(x, self.weight)
-        o = (self._triton if self.in_triton else self._torch)(projected)[:, None]
-        if m.options.use_gate:
-            # strides written out: the gate is read where the projection left it
-            z = projected.as_strided(
-                (B, 1, m.v_heads, m.V),
-                (projected.stride(0), projected.stride(0), m.V, 1),
-                projected.storage_offset() + self.convolved,
-            )
-            o = m.o_norm(o, z)  # type: ignore[call-arg]
-        else:
+        projected = project_in(x, self.weight, None, norm, self.clock)
+        o = (self._triton if self.clock.in_triton else self._torch)(projected)
+        gate = projected[:, self.convolved : self.convolved + self.values] if m.options.use_gate else None
+        if self.clock.in_triton:
+            from latentcot.kernels.delta_rule.triton_matvec import matvec, serves
+
+            if serves(B, self.values, m.V):
+                return matvec(
+                    o.view(B, -1),
+                    m.o_proj.weight,
+                    before="heads",
+                    norm=m.o_norm.weight,
+                    eps=m.o_norm.eps,
+                    gate=gate,
+                    head=m.V,
+                    residual=residual,
+                )
+        o = o[:, None]
+        if gate is None:
             o = m.o_norm(o)
-        return project_out(o.view(B, -1), m.o_proj, residual)
+        else:  # strides written out: the gate is read where the projection left it
+            step = projected.stride(0)
+            o = m.o_norm(o, gate.as_strided(o.shape, (step, step, m.V, 1)))  # type: ignore[call-arg]
+        return project_out(o.view(B, -1), m.o_proj, residual, self.clock)
 
     def _triton(self, projected: Tensor) -> Tensor:
         from latentcot.kernels.delta_rule.triton_decode import Columns, gated_delta_decode
@@ -275,9 +318,9 @@ class AttentionStep(MixerStep):
         self.buffers = {name: torch.zeros(shape, dtype=clock.dtype, device=clock.device) for name in ("keys", "values")}
         self.how = "static keys and values"
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         m, clock = self.mixer, self.clock
-        qkv = F.linear(x, self.weight, self.bias)[:, : self.heads * m.head_width].unflatten(
+        qkv = project_in(x, self.weight, self.bias, norm, clock)[:, : self.heads * m.head_width].unflatten(
             1, (self.heads, m.head_width)
         )
         qk, v = qkv.split((m.heads + m.kv_heads, m.kv_heads), 1)
@@ -293,7 +336,7 @@ class AttentionStep(MixerStep):
         keys, values = (buffer[:, : clock.window].transpose(1, 2) for buffer in (keys, values))
         mask = clock.seen(m.options.window_size).expand(-1, m.kv_heads, q.shape[2], -1)
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return project_out(o.reshape(x.shape[0], -1), m.o_proj, residual)
+        return project_out(o.reshape(x.shape[0], -1), m.o_proj, residual, clock)
 
     def write(self, rows: Tensor, entry: LayerState, lengths: Tensor, order: Tensor) -> None:
         for name, buffer in self.buffers.items():
@@ -321,11 +364,11 @@ class BlockStep:
             norm = getattr(self.block, f"{part}_norm")
             match self.block.norm_placement:
                 case "pre":
-                    hidden = branch(norm(hidden), hidden)
+                    hidden = branch(hidden, hidden, norm)
                 case "sandwich_pre_residual":
-                    hidden = hidden + getattr(self.block, f"{part}_norm_2")(branch(norm(hidden), None))
+                    hidden = hidden + getattr(self.block, f"{part}_norm_2")(branch(hidden, None, norm))
                 case "sandwich_post_residual":
-                    hidden = getattr(self.block, f"{part}_norm_2")(branch(norm(hidden), hidden))
+                    hidden = getattr(self.block, f"{part}_norm_2")(branch(hidden, hidden, norm))
                 case _:
                     hidden = norm(branch(hidden, hidden))
         return hidden
@@ -337,24 +380,15 @@ class MLPStep:
     def __init__(self, mlp: nn.Module, clock: Clock):
         self.mlp = mlp
         self.weight = joined(mlp.gate_proj, mlp.up_proj)[0] if isinstance(mlp, SwiGLU) else None
-        self.in_triton = (
-            clock.device.type == "cuda" and missing_for_triton("gated_scan", clock.device, clock.dtype) is None
-        )
+        self.clock = clock
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         if self.weight is None:
-            y = self.mlp(x[:, None])[:, 0]
+            y = self.mlp((x if norm is None else norm(x))[:, None])[:, 0]
             return y if residual is None else residual + y
         assert isinstance(self.mlp, SwiGLU)
-        both = F.linear(x, self.weight)[:, : 2 * self.mlp.gate_proj.out_features]
-        if self.in_triton:
-            from latentcot.kernels.delta_rule.triton_decode import swiglu
-
-            y = swiglu(both)
-        else:
-            gate, up = both.chunk(2, 1)
-            y = F.silu(gate) * up
-        return project_out(y, self.mlp.down_proj, residual)
+        both = project_in(x, self.weight, None, norm, self.clock)[:, : 2 * self.mlp.gate_proj.out_features]
+        return project_out(both, self.mlp.down_proj, residual, self.clock, before="swiglu")
 
 
 def mixer_step(mixer: Mixer, clock: Clock) -> MixerStep:

@@ -3,6 +3,9 @@
 Prints one JSON object: check name -> numbers, or the traceback of a check that raised. Names as arguments select checks.
 """
 
+# Options go through dictionaries of mixed types, which a type checker cannot match with parameters.
+# pyright: reportArgumentType=false
+
 import json
 import sys
 import traceback
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 
 from latentcot.kernels.delta_rule import reference
 from latentcot.kernels.delta_rule.triton_decode import Columns, gated_delta_decode, swiglu
+from latentcot.kernels.delta_rule.triton_matvec import config, matvec, serves
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -74,6 +78,84 @@ def gate(width, dtype):
     return {"y": relative_rms(swiglu(x), F.silu(exact[:, :width]) * exact[:, width:])}
 
 
+def product(before, B, N, D, dtype, head=None, extras=True):
+    """One product with everything around it, tensors in the middle of wider buffers, against fp64."""
+    dtype, generator = DTYPES[dtype], torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x = normal(B, (2 if before == "swiglu" else 1) * D + 3)[:, 3:]
+    weight, gate, residual = normal(N, D), normal(B, D + 5)[:, :D], normal(B, N + 1)[:, 1:]
+    norm = normal(D if head is None else head)
+    extra = {"residual": residual} if extras else {}
+    if before in ("rms", "heads") and extras:
+        extra["norm"] = norm
+    if before == "heads" and extras:
+        extra["gate"] = gate
+    empty = torch.empty
+    torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+    try:
+        y = matvec(x, weight, before=before, head=head, eps=1e-3, **extra)
+    finally:
+        torch.empty = empty
+    assert y.dtype == dtype
+    exact = x.double()
+    if before in ("rms", "heads"):
+        parts = exact.unflatten(1, (-1, head or D))
+        parts = parts * (parts.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+        exact = (parts * (norm.double() if extras else 1.0)).flatten(1)
+    if before == "heads" and extras:
+        exact = exact * F.silu(gate.double())
+    if before == "swiglu":
+        exact = F.silu(exact[:, :D]) * exact[:, D:]
+    expected = exact @ weight.double().t()
+    return {"y": relative_rms(y, expected + residual.double() if extras else expected)}
+
+
+def products_refused():
+    x, weight, messages = torch.zeros(2, 8), torch.zeros(6, 8), []
+    for arguments, options in (
+        ((x, weight), {"before": "layer"}), ((x, weight), {"before": "heads"}), ((x, weight), {"head": 4}),
+        ((x, weight), {"before": "heads", "head": 3}), ((torch.zeros(5, 8), weight), {}), ((x[:, :4], weight), {}),
+        ((x, torch.zeros(8, 6).t()), {}), ((x, weight), {"before": "rms", "norm": torch.zeros(6)}),
+        ((x, weight), {"residual": torch.zeros(2, 8)}), ((torch.zeros(8, 2).t(), weight), {}),
+    ):  # fmt: skip
+        try:
+            matvec(*arguments, **options)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def engine(stack):
+    """A whole engine whose blocks run in Triton, against the model's own forward; [largest difference, paths]."""
+    from latentcot.backbone import HybridConfig, HybridForCausalLM, engine_steps
+    from latentcot.backbone.engine import DecodeEngine
+
+    engine_steps.serves_triton = lambda *_: True
+    torch.manual_seed(0)
+    model = HybridForCausalLM(
+        HybridConfig(
+            vocab_size=29, hidden_size=32, num_hidden_layers=2, initializer_range=0.2, attention={"num_heads": 4}, **stack
+        )
+    ).eval()  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    exact = HybridForCausalLM(model.config).double().eval()
+    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    worst = 0.0
+    for batch in (1, 2, 5):  # five rows: products by PyTorch, tokens by the kernel
+        decoder = DecodeEngine(model, batch, 32)
+        ids = torch.randint(0, 29, (batch, 5), generator=torch.Generator().manual_seed(1))
+        line = torch.cat([ids, decoder.prefill(ids)[:, None]], 1)
+        for _ in range(5):
+            line = torch.cat([line, decoder.step()[:, None]], 1)
+            worst = max(worst, relative_rms(decoder.logits, exact(line[:, :-1]).logits[:, -1]))
+    return {"logits": worst, "paths": decoder.explain()}
+
+
 def refused():
     columns, messages = Columns(0, 4, 8, 12, 13), []
     good = {
@@ -110,6 +192,33 @@ CHECKS = {
     },
     "decode-fp32-doubled": (decode, (1, 2, 12, 20, 4, "fp32", 4, 2, 2.0)),
     "decode-fp32-poisoned": (decode, (1, 2, 12, 20, 4, "fp32", 2, 1, 1.0, True)),
+    **{
+        f"product-{dtype}-{name}": (product, (*sizes[:4], dtype, *sizes[4:]))
+        for dtype in DTYPES
+        for name, sizes in {
+            "none": ("none", 1, 13, 24), "rms": ("rms", 3, 40, 48), "heads": ("heads", 2, 21, 48, 16),
+            "one_head": ("heads", 1, 9, 16, 16), "swiglu": ("swiglu", 4, 17, 40), "rms-bare": ("rms", 2, 9, 32, None, False),
+            "heads-bare": ("heads", 2, 9, 32, 8, False), "swiglu-bare": ("swiglu", 1, 9, 32, None, False),
+            "large": ("rms", 1, 700, 1024),
+        }.items()
+    },
+    "product-limits": (lambda: [serves(4, 8192), serves(5, 8), serves(1, 8193), serves(1, 24, 12), *config(1024, 2816)], ()),
+    "products_refused": (products_refused, ()),
+    "engine-pre": (engine, ({"mixer": "gated_deltanet", "gated_deltanet": {"num_heads": 2, "head_dim": 16}},)),
+    "engine-hybrid": (
+        engine,
+        ({
+            "mixer": "gated_deltanet", "period": 2, "norm_placement": "sandwich_pre_residual",
+            "gated_deltanet": {"num_heads": 1, "num_v_heads": 2, "head_dim": 12, "use_gate": False},
+        },),
+    ),
+    "engine-post": (
+        engine,
+        ({
+            "mixer": "gated_deltanet", "norm_placement": "post", "norm_affine": False,
+            "gated_deltanet": {"num_heads": 2, "head_dim": 8, "expand_v": 2, "allow_neg_eigval": True},
+        },),
+    ),
     "swiglu-fp32": (gate, (700, "fp32")),
     "swiglu-fp16": (gate, (24, "fp16")),
     "refused": (refused, ()),

@@ -58,3 +58,38 @@ def test_layouts_that_are_not_read_are_named(results):
     for name, message in zip(names, found, strict=True):
         assert name in message
         assert "given" in message
+
+
+PRODUCTS = ["none", "rms", "heads", "one_head", "swiglu", "rms-bare", "heads-bare", "swiglu-bare", "large"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_product_with_what_stands_around_it(case, dtype, results):
+    found = results[f"product-{dtype}-{case}"]
+    assert isinstance(found, dict), found
+    assert found["y"] < TOLERANCE[dtype]
+
+
+def test_what_a_product_takes(results):
+    *takes, wide, block, warps = results["product-limits"]
+    assert takes == [True, False, False, False]
+    assert (wide, block, warps) == (4096, 2, 8)
+
+
+def test_products_that_do_not_fit_are_named(results):
+    found = results["products_refused"]
+    assert isinstance(found, list), found
+    names = ["before", "head", "head", "head", "rows", "x has", "weight", "norm", "residual", "x has"]
+    assert len(found) == len(names)
+    for name, message in zip(names, found, strict=True):
+        assert name in message
+        assert "expected" in message
+
+
+@pytest.mark.parametrize("stack", ["pre", "hybrid", "post"])
+def test_a_whole_engine_on_these_kernels_is_the_model(stack, results):
+    found = results[f"engine-{stack}"]
+    assert isinstance(found, dict), found
+    assert "one Triton launch" in found["paths"][0]
+    assert found["logits"] < 2e-5
