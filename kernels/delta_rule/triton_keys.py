@@ -32,8 +32,8 @@ since a write enters what follows only as :math:`k_j^\top \tilde U_j`, and
 :math:`\beta_j k_j \cdot z_j = X_j \cdot (\beta_j v_j - \tilde U_j)`. The gates take their products from the keys' side all the
 same: there the rounding of pairs cancels.
 
-The order inside a chunk is chosen for the registers: what belongs to one of two sums is loaded, used and let go before
-the other begins.
+The order inside a chunk is chosen for the registers: tiles that belong to one of two sums are loaded, used and let go
+before the other begins. Rows of numbers are loaded first: behind a store the compiler may not move a load up.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -124,6 +124,11 @@ def left_kernel(
         x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
         k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
         b = tl.load(strengths + at, mask=inside, other=0.0)
+        if PROJECT:
+            norm = tl.load(norms + at, mask=inside, other=0.0)
+            along = tl.zeros([C], dtype=tl.float32)
+            for part in tl.static_range(VALUE_BLOCKS):
+                along += tl.load(answers + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
         # The weights are rounded exactly as the other walk rounds them: the pairs of tokens on one side of a gate then
         # cancel in its gradient. Only a strength near zero stays outside, since z is wanted where it is zero, too.
         factor = tl.where(tl.abs(b) < SMALL, 1.0, b)
@@ -157,10 +162,7 @@ def left_kernel(
             tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
         dq += mine[:, None] * k_wide
         if PROJECT:
-            along = tl.zeros([C], dtype=tl.float32)
-            for part in tl.static_range(VALUE_BLOCKS):
-                along += tl.load(answers + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
-            dq = (dq - along[:, None] * q_tile.to(tl.float32)) * tl.load(norms + at, mask=inside, other=0.0)[:, None]
+            dq = (dq - along[:, None] * q_tile.to(tl.float32)) * norm[:, None]
         store_tile(d_q + first * HEADS * K, dq, row * HEADS * K, key, inside, key < K)
 
         if GATED:
@@ -235,6 +237,12 @@ def right_kernel(
         d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
         q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
         b = tl.load(strengths + at, mask=inside, other=0.0)
+        mine = tl.load(own + at, mask=inside, other=0.0)
+        if PROJECT:
+            norm = tl.load(norms + at, mask=inside, other=0.0)
+            along = tl.zeros([C], dtype=tl.float32)
+            for part in tl.static_range(VALUE_BLOCKS):
+                along -= b * tl.load(reads + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
         if GATED:
             G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
             decays = pair_decays_transposed(G, C, True, False)
@@ -259,15 +267,13 @@ def right_kernel(
         k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
         weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
         if PROJECT:
-            along = 2.0 * diagonal(weights, C)
-            for part in tl.static_range(VALUE_BLOCKS):
-                along -= b * tl.load(reads + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
+            along += 2.0 * diagonal(weights, C)
         weights *= -b[None, :] * decays
         left = tl.dot(weights.to(u.dtype), k_tile, left, input_precision=PRECISION)
         k_wide = k_tile.to(tl.float32)
         if GATED:
             tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
-        left += tl.load(own + at, mask=inside, other=0.0)[:, None] * q_wide
+        left += mine[:, None] * q_wide
         if GATED:
             k_tile = (k_wide * (-b * start)[:, None]).to(u.dtype)
         else:
@@ -275,7 +281,7 @@ def right_kernel(
         d_state = tl.dot(tl.trans(x), k_tile, d_state, input_precision=PRECISION)
         left += load_tile(d_k + first * HEADS * K, row * HEADS * K, key, inside, key < K).to(tl.float32)
         if PROJECT:
-            left = (left - along[:, None] * k_wide) * tl.load(norms + at, mask=inside, other=0.0)[:, None]
+            left = (left - along[:, None] * k_wide) * norm[:, None]
         store_tile(d_k + first * HEADS * K, left, row * HEADS * K, key, inside, key < K)
 
 

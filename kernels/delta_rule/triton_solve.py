@@ -34,32 +34,9 @@ def softplus(x):
 
 
 @triton.jit
-def _gates(
-    beta, log_decay, sums, strengths, begin, end, before, rate, bias, beta_token, gate_token,
-    GATED: tl.constexpr,
-    RAW: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SUM_DTYPE: tl.constexpr,
-):  # fmt: skip
-    """16 tokens: write strengths, running sums that continue ``before``, and the sum so far; writes the first two."""
-    t = begin + tl.arange(0, 16)
-    inside = t < end
-    b = tl.load(beta + t * beta_token, mask=inside, other=0.0).to(tl.float32)
-    if RAW:
-        b = tl.where(inside, LARGEST * tl.sigmoid(b), 0.0)
-    tl.store(strengths + t, b, mask=inside)
-    if GATED:
-        g = tl.load(log_decay + t * gate_token, mask=inside, other=0.0).to(SUM_DTYPE)
-        if RAW:
-            g = tl.where(inside, -rate * softplus(g.to(tl.float32) + bias), 0.0).to(SUM_DTYPE)
-        g = base_two(g)
-        G = tl.cumsum(g, axis=0) + before
-        tl.store(sums + t, G, mask=inside)
-        total = before + tl.sum(g, axis=0)
-    else:
-        G = tl.zeros([16], dtype=SUM_DTYPE)
-        total = before
-    return b, G, total
+def _row(tile, a, ROWS: tl.constexpr):
+    """Row ``a`` of ``tile [ROWS,16]``: a tile is no list that a constant could index."""
+    return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == a, tile, 0.0), axis=0)
 
 
 @triton.jit
@@ -129,35 +106,32 @@ def solve_kernel(
     end = tl.load(offsets + n + 1)
     first = tl.load(offsets + n) + (chunk - tl.load(bases + n)) * C
 
-    beta += head
     strengths += head.to(tl.int64) * T
-    if GATED:
-        log_decay += head
-        sums += head.to(tl.int64) * T
-    start = tl.zeros([], dtype=SUM_DTYPE)
-    rate = start
-    shift = start
+    t = first + tl.arange(0, C // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    inside = t < end
+    b = tl.load(beta + t * beta_token + head, mask=inside, other=0.0).to(tl.float32)
     if RAW:
-        rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
-        shift = tl.load(bias + head).to(tl.float32)
-    b0, G0, G = _gates(
-        beta, log_decay, sums, strengths, first, end, start, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
-        SUM_DTYPE,
-    )  # fmt: skip
+        b = tl.where(inside, LARGEST * tl.sigmoid(b), 0.0)
+    tl.store(strengths + t, b, mask=inside)
+    if GATED:
+        g = tl.load(log_decay + t * gate_token + head, mask=inside, other=0.0).to(SUM_DTYPE)
+        if RAW:
+            rate = tl.exp(tl.load(log_rate + head).to(tl.float32))
+            g = -rate * softplus(g.to(tl.float32) + tl.load(bias + head).to(tl.float32))
+            g = tl.where(inside, g, 0.0).to(SUM_DTYPE)
+        g = base_two(g)
+        blocks = tl.sum(g, axis=1)
+        G = tl.cumsum(g, axis=1) + (tl.cumsum(blocks, axis=0) - blocks)[:, None]
+        tl.store(sums + head.to(tl.int64) * T + t, G, mask=inside)
+    else:
+        G = b
+
+    b0, G0 = _row(b, 0, C // 16), _row(G, 0, C // 16)
     if C > 16:
-        b1, G1, G = _gates(
-            beta, log_decay, sums, strengths, first + 16, end, G, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
-        SUM_DTYPE,
-        )  # fmt: skip
+        b1, G1 = _row(b, 1, C // 16), _row(G, 1, C // 16)
     if C > 32:
-        b2, G2, G = _gates(
-            beta, log_decay, sums, strengths, first + 32, end, G, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
-        SUM_DTYPE,
-        )  # fmt: skip
-        b3, G3, G = _gates(
-            beta, log_decay, sums, strengths, first + 48, end, G, rate, shift, beta_token, gate_token, GATED, RAW, LARGEST,
-        SUM_DTYPE,
-        )  # fmt: skip
+        b2, G2 = _row(b, 2, C // 16), _row(G, 2, C // 16)
+        b3, G3 = _row(b, 3, C // 16), _row(G, 3, C // 16)
 
     # products of keys, block by block: named, because a list of tiles can not be carried through a loop
     k += first * k_token + (head // GROUP).to(tl.int64) * k_head

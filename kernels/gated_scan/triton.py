@@ -34,8 +34,8 @@ from latentcot.kernels.launch import Launch, flat, launch_shape
 
 # 64 channels: 4-byte loads of 16-bit inputs, the narrowest that can be copied asynchronously, and the most programs. Two
 # or three tiles are under way while one is scanned. Forward, where gates made on the way keep a warp busy longer than
-# the memory, four warps share a tile of time.
-FORWARD = Launch(chunk=64, block=64, warps=4, stages=3)
+# the memory, two warps share a tile of time.
+FORWARD = Launch(chunk=32, block=64, warps=2, stages=3)
 BACKWARD = Launch(chunk=16, block=64, warps=1, stages=3)
 ENOUGH_PROGRAMS = 96  # with fewer, reading the inputs twice costs less than leaving most of the card idle
 WANTED_PROGRAMS = 264

@@ -1,7 +1,9 @@
 """The operators on a CUDA device, where all of them run in Triton, against float64 references on the CPU.
 
 Bounds (relative RMS): 1e-5 in float32 and 5e-3 for bf16 inputs; gradients of gates, which are differences of sums, 1e-4
-and 2e-2, and that of beta 1e-5 and 2e-2.
+and 2e-2, and that of beta 1e-5 and 2e-2. In bf16 the gradient of a parameter that all tokens share, a sum of terms of
+both signs, is measured against the root of the sum of the terms' squares: the sum itself may come out as close to zero
+as chance has it.
 """
 
 # Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
@@ -79,15 +81,34 @@ def evaluate(function, arguments, device, dtype=None, **options):
     return {n: t.detach().cpu().double() for n, t in found.items()}
 
 
-def assert_same(actual, expected, dtype):
+def assert_same(actual, expected, dtype, terms=None):
+    """``terms``: what the gradients of shared parameters are sums of, by name; used in bf16."""
     assert set(actual) == set(expected)
     for name in expected:
         if dtype == torch.float32:
             bound = 1e-4 if name in OF_GATES else 1e-5
         else:
             bound = 2e-2 if name in OF_GATES + OF_STRENGTHS else 5e-3
-        error = float((actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30))
+        summed = {} if dtype == torch.float32 or terms is None else terms
+        size = summed.get(name, expected[name]).norm().clamp_min(1e-30)
+        error = float((actual[name] - expected[name]).norm() / size)
         assert error < bound, f"{name}: relative RMS {error:.2e}"
+
+
+def terms_of(arguments, expected, function=None, **options):
+    """The addends of the gradients of shared parameters, in float64, from ``expected`` or by calling ``function`` again."""
+    wide = {n: None if t is None else t.double() for n, t in arguments.items()}
+    found = {}
+    if wide.get("log_decay") is not None and wide["log_decay"].dim() == 1:
+        a_token = {**arguments, "log_decay": wide["log_decay"].expand(wide["q"].shape[:3])}
+        found["d_log_decay"] = evaluate(function, a_token, "cpu", torch.float64, **options)["d_log_decay"]
+    if "dt_bias" in wide:
+        x = wide["a"] + wide["dt_bias"]
+        found["d_dt_bias"] = expected["d_a"]
+        found["d_A_log"] = expected["d_a"] * torch.nn.functional.softplus(x) / x.sigmoid()
+    if "lower_bound" in wide:
+        found["d_lower_bound"] = expected["d_f"] / ((1 - wide["lower_bound"]) * wide["f"].sigmoid())
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -98,7 +119,7 @@ def test_automatic_back_end_is_the_definition(operator, gate, S, dtype):
     assert explain_backend(operator, device="cuda", dtype=dtype).chosen == "triton"
     actual = evaluate(OPERATORS[operator], arguments, "cuda")
     expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, backend="reference")
-    assert_same(actual, expected, dtype)
+    assert_same(actual, expected, dtype, terms_of(arguments, expected, OPERATORS[operator], backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -107,8 +128,9 @@ def test_packed(operator, gate, dtype):
     cuts = torch.tensor([0, 1, 30, 100])
     arguments = draw(operator, gate, 100, dtype, B=1, N=3)
     actual = evaluate(OPERATORS[operator], arguments, "cuda", cu_seqlens=cuts.cuda())
-    expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, cu_seqlens=cuts, backend="reference")
-    assert_same(actual, expected, dtype)
+    options = {"cu_seqlens": cuts, "backend": "reference"}
+    expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, **options)
+    assert_same(actual, expected, dtype, terms_of(arguments, expected, OPERATORS[operator], **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -119,7 +141,7 @@ def test_wide_heads(operator, gate, K, V, dtype):
     arguments = draw(operator, gate, 150, dtype, B=1, H=2, K=K, V=V)
     actual = evaluate(OPERATORS[operator], arguments, "cuda")
     expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, backend="reference")
-    assert_same(actual, expected, dtype)
+    assert_same(actual, expected, dtype, terms_of(arguments, expected, OPERATORS[operator], backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -129,15 +151,21 @@ def test_both_directions(gate, direction, dtype):
     arguments = draw("decay_attention", gate, 70, dtype)
     arguments.pop("initial_state")
 
-    def both(device, wide=None, **options):
-        leaves = {n: t.to(device, wide).detach().requires_grad_() for n, t in arguments.items() if t is not None}
+    def both(device, wide=None, per_token=False, **options):
+        given = dict(arguments)
+        if per_token:
+            given["log_decay"] = given["log_decay"].expand(given["q"].shape[:3])
+        leaves = {n: t.to(device, wide).detach().requires_grad_() for n, t in given.items() if t is not None}
         o, _ = decay_attention(**leaves, visibility=Bidirectional(gate=direction), **options)
         upstream = torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(o)
         gradients = torch.autograd.grad(o, list(leaves.values()), upstream)
         found = {"o": o, **{f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}}
         return {n: t.detach().cpu().double() for n, t in found.items()}
 
-    assert_same(both("cuda"), both("cpu", torch.float64, backend="reference"), dtype)
+    terms = None
+    if gate == "head":
+        terms = {"d_log_decay": both("cpu", torch.float64, True, backend="reference")["d_log_decay"]}
+    assert_same(both("cuda"), both("cpu", torch.float64, backend="reference"), dtype, terms)
 
 
 def draw_mixer(name, dtype, S=130, N=2, B=2):
@@ -175,7 +203,7 @@ def test_mixers_are_the_definition(name, packed, dtype):
     arguments = draw_mixer(name, dtype, N=3 if packed else 2, B=1 if packed else 2)
     actual = evaluate(MIXERS[name], arguments, "cuda", cu_seqlens=None if cuts is None else cuts.cuda())
     expected = evaluate(MIXERS[name], arguments, "cpu", torch.float64, cu_seqlens=cuts, backend="reference")
-    assert_same(actual, expected, dtype)
+    assert_same(actual, expected, dtype, terms_of(arguments, expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -267,8 +295,9 @@ def test_K_2_gated_scan_beyond_two_to_the_31_elements():
         whole, last = gated_scan(x, gate, output_state=True, backend="triton")
         _, state = gated_scan(x[:, :cut], gate[:, :cut], output_state=True, backend="triton")
         tail, end = gated_scan(x[:, cut:], gate[:, cut:], initial_state=state, output_state=True, backend="triton")
-    assert torch.equal(whole[:, cut:], tail)
-    assert torch.equal(last, end)
+    # where time is cut into parts depends on its length, so the last digits differ
+    assert (whole[:, cut:].float() - tail.float()).norm() < 1e-3 * tail.float().norm()
+    assert (last - end).norm() < 1e-5 * end.norm()
 
 
 def test_W_1_import_does_not_initialise_cuda():
