@@ -137,7 +137,7 @@ def engine(stack):
     torch.manual_seed(0)
     model = HybridForCausalLM(
         HybridConfig(
-            vocab_size=29, hidden_size=32, num_hidden_layers=2, initializer_range=0.2, attention={"num_heads": 4}, **stack
+            vocab_size=13, hidden_size=16, intermediate_size=24, initializer_range=0.3, attention={"num_heads": 2}, **stack
         )
     ).eval()  # fmt: skip
     for name, parameter in model.named_parameters():
@@ -146,11 +146,11 @@ def engine(stack):
     exact = HybridForCausalLM(model.config).double().eval()
     exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
     worst = 0.0
-    for batch in (1, 2, 5):  # five rows: products by PyTorch, tokens by the kernel
+    for batch in (2, 5):  # five rows: products by PyTorch, tokens by the kernel
         decoder = DecodeEngine(model, batch, 32)
-        ids = torch.randint(0, 29, (batch, 5), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(0, 13, (batch, 5), generator=torch.Generator().manual_seed(1))
         line = torch.cat([ids, decoder.prefill(ids)[:, None]], 1)
-        for _ in range(5):
+        for _ in range(3):
             line = torch.cat([line, decoder.step()[:, None]], 1)
             worst = max(worst, relative_rms(decoder.logits, exact(line[:, :-1]).logits[:, -1]))
     return {"logits": worst, "paths": decoder.explain()}
@@ -204,18 +204,21 @@ CHECKS = {
     },
     "product-limits": (lambda: [serves(4, 8192), serves(5, 8), serves(1, 8193), serves(1, 24, 12), *config(1024, 2816)], ()),
     "products_refused": (products_refused, ()),
-    "engine-pre": (engine, ({"mixer": "gated_deltanet", "gated_deltanet": {"num_heads": 2, "head_dim": 16}},)),
+    "engine-pre": (
+        engine,
+        ({"num_hidden_layers": 1, "mixer": "gated_deltanet", "gated_deltanet": {"num_heads": 2, "head_dim": 8}},),
+    ),
     "engine-hybrid": (
         engine,
         ({
-            "mixer": "gated_deltanet", "period": 2, "norm_placement": "sandwich_pre_residual",
-            "gated_deltanet": {"num_heads": 1, "num_v_heads": 2, "head_dim": 12, "use_gate": False},
+            "num_hidden_layers": 2, "mixer": "gated_deltanet", "period": 2, "norm_placement": "sandwich_pre_residual",
+            "gated_deltanet": {"num_heads": 1, "num_v_heads": 2, "head_dim": 6, "use_gate": False},
         },),
     ),
     "engine-post": (
         engine,
         ({
-            "mixer": "gated_deltanet", "norm_placement": "post", "norm_affine": False,
+            "num_hidden_layers": 1, "mixer": "gated_deltanet", "norm_placement": "post", "norm_affine": False,
             "gated_deltanet": {"num_heads": 2, "head_dim": 8, "expand_v": 2, "allow_neg_eigval": True},
         },),
     ),
