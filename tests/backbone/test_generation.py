@@ -7,13 +7,11 @@ import pytest
 import torch
 from transformers import set_seed
 
-from latentcot.backbone import HybridConfig, HybridForCausalLM
+from latentcot.backbone import MIXERS, HybridConfig, HybridForCausalLM
 from latentcot.backbone.generation import Sampling, left_padded, prefill
 
 STACKS = {
-    "gla": {"mixer": "gla"},
-    "gated_deltanet": {"mixer": "gated_deltanet"},
-    "attention": {"mixer": "attention"},
+    **{name: {"mixer": name} for name in MIXERS},
     "hybrid": {"mixer": "gated_deltanet", "period": 2},
 }
 
@@ -27,6 +25,9 @@ def make(stack: str = "hybrid", dtype: torch.dtype = torch.float64) -> HybridFor
         attention={"num_heads": 4},
         gla={"num_heads": 2},
         gated_deltanet={"num_heads": 2, "head_dim": 12},
+        deltanet={"num_heads": 2},
+        hgrn2={"num_heads": 2, "expand_ratio": None},
+        retnet={"num_heads": 2},
         initializer_range=0.2,
         eos_token_id=None,
         pad_token_id=0,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentcot.backbone import HybridConfig, HybridForCausalLM, ModelState
-from latentcot.backbone.state import ForeignStateError
+from latentcot.backbone import MIXERS, HybridConfig, HybridForCausalLM, ModelState
+from latentcot.backbone.state import ADDITIVE, ForeignStateError
 
 
 def model_and_ids():
@@ -118,6 +118,9 @@ def of_mixers(*mixers: str, **changes):
         attention={"num_heads": 4},
         gla={"num_heads": 2},
         gated_deltanet={"num_heads": 2, "head_dim": 8},
+        deltanet={"num_heads": 2},
+        hgrn2={"num_heads": 2, "expand_ratio": None},
+        retnet={"num_heads": 2},
         initializer_range=0.2,
         **changes,
     )
@@ -165,6 +168,27 @@ def test_the_sum_of_two_states_holds_what_each_document_wrote():
             state = alpha[t, :, :, None] * state + k[t, :, :, None] * v[t, :, None, :]
         expected = expected + state
     torch.testing.assert_close(merged.entries[0, 0]["matrix"][0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_adds_up_or_is_refused(mixer):
+    model, ids = of_mixers(mixer), model_and_ids()[1]
+    states = [model(ids[:, :4], use_cache=True).state, model(ids[:, 3:], use_cache=True).state]
+    if mixer in ADDITIVE:
+        merged = ModelState.merge(states, how="sum")
+        for name, tensor in merged.entries[0, 0].tensors.items():
+            torch.testing.assert_close(tensor, states[0].entries[0, 0][name] + states[1].entries[0, 0][name])
+        assert model(ids, state=merged).logits.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="do not add up"):
+            ModelState.merge(states, how="sum")
+
+
+def test_rotated_keys_of_unequal_documents_are_refused():
+    model, ids = of_mixers("retnet"), model_and_ids()[1]
+    states = [model(ids[:, :4], use_cache=True).state, model(ids[:, :3], use_cache=True).state]
+    with pytest.raises(ValueError, match="equally long"):
+        ModelState.merge(states, how="sum")
 
 
 def test_states_that_do_not_add_up_are_refused():
