@@ -11,7 +11,7 @@ when there are at most four rows (:mod:`latentcot.kernels.delta_rule.triton_matv
 block                     launches                                                                         many rows few rows
 ========================= ================================================================================ ========= ========
 Gated DeltaNet            [norm, projection], token (convolution to read), [gated norm, output + residual] 5         3
-attention                 [norm, projection], rotation (9), 2 writes, softmax attention, output + residual 15        14
+attention                 [norm, projection], rotation and store, softmax attention, output + residual     5         4
 any other mixer           norm, what the mixer's own ``forward`` takes, a copy a state tensor              -         -
 MLP                       [norm, gate and up], [SwiGLU, down + residual]                                   4         2
 ========================= ================================================================================ ========= ========
@@ -61,7 +61,7 @@ class Clock:
         self.columns = torch.arange(max_length, device=device)
         self.in_triton = serves_triton(device, dtype)
         self.window = max_length  # columns of the buffers that are looked at: all tokens lie within
-        self._lasting: dict[Any, tuple[Tensor, ...]] = {}
+        self._lasting: dict[Any, tuple[Tensor, Tensor]] = {}
         self._token: dict[Any, Any] = {}
         self._tables = dict(tables or {})
 
@@ -79,11 +79,16 @@ class Clock:
     def angles(self, width: int, base: float) -> tuple[Tensor, Tensor]:
         """Cosine and sine ``[B, 1, 1, width/2]`` of every row's position, at least fp32."""
         key = (width, base)
+        if key not in self._token:
+            self._token[key] = tuple(table[self.position] for table in self.all_angles(width, base))
+        return self._token[key]
+
+    def all_angles(self, width: int, base: float) -> tuple[Tensor, Tensor]:
+        """The same of all positions, ``[T, 1, 1, width/2]``; found once."""
+        key = (width, base)
         if key not in self._lasting:
             self._lasting[key] = rotary_table(self.columns[:, None], width, base, self.dtype)
-        if key not in self._token:
-            self._token[key] = tuple(table[self.position] for table in self._lasting[key])
-        return self._token[key]
+        return self._lasting[key]
 
     def seen(self, reach: int | None) -> Tensor:
         """What softmax attention adds to its scores, ``[B, 1, 1, window]``: minus infinity outside the last ``reach`` tokens."""
@@ -320,23 +325,37 @@ class AttentionStep(MixerStep):
 
     def __call__(self, x: Tensor, residual: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         m, clock = self.mixer, self.clock
-        qkv = project_in(x, self.weight, self.bias, norm, clock)[:, : self.heads * m.head_width].unflatten(
-            1, (self.heads, m.head_width)
-        )
-        qk, v = qkv.split((m.heads + m.kv_heads, m.kv_heads), 1)
-        if m.options.rope_theta is not None:
-            angles = clock.angles(m.head_width, m.options.rope_theta)
-            qk = apply_rotary(qk[:, None], angles, m.options.rotary_layout)[:, 0]
-        q, k = qk.split((m.heads, m.kv_heads), 1)
+        projected = project_in(x, self.weight, self.bias, norm, clock)
         keys, values = self.buffers["keys"], self.buffers["values"]
-        keys[clock.rows, clock.position] = k
-        values[clock.rows, clock.position] = v
+        q = (self._triton if clock.in_triton else self._torch)(projected, keys, values)
         # the query heads that share a key head stand where queries of several tokens would
         q = q.unflatten(1, (m.kv_heads, m.heads // m.kv_heads))
         keys, values = (buffer[:, : clock.window].transpose(1, 2) for buffer in (keys, values))
         mask = clock.seen(m.options.window_size).expand(-1, m.kv_heads, q.shape[2], -1)
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return project_out(o.reshape(x.shape[0], -1), m.o_proj, residual, clock)
+
+    def _triton(self, projected: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        from latentcot.kernels.delta_rule.triton_store import rotate_and_store
+
+        m, theta = self.mixer, self.mixer.options.rope_theta
+        angles = None if theta is None else self.clock.all_angles(m.head_width, theta)
+        interleaved = m.options.rotary_layout != "half"
+        return rotate_and_store(
+            projected, keys, values, self.clock.position, heads=m.heads, angles=angles, interleaved=interleaved
+        )
+
+    def _torch(self, projected: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        m, clock = self.mixer, self.clock
+        qkv = projected[:, : self.heads * m.head_width].unflatten(1, (self.heads, m.head_width))
+        qk, v = qkv.split((m.heads + m.kv_heads, m.kv_heads), 1)
+        if m.options.rope_theta is not None:
+            angles = clock.angles(m.head_width, m.options.rope_theta)
+            qk = apply_rotary(qk[:, None], angles, m.options.rotary_layout)[:, 0]
+        q, k = qk.split((m.heads, m.kv_heads), 1)
+        keys[clock.rows, clock.position] = k
+        values[clock.rows, clock.position] = v
+        return q
 
     def write(self, rows: Tensor, entry: LayerState, lengths: Tensor, order: Tensor) -> None:
         for name, buffer in self.buffers.items():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from latentcot.kernels.delta_rule import reference
 from latentcot.kernels.delta_rule.triton_decode import Columns, gated_delta_decode, swiglu
 from latentcot.kernels.delta_rule.triton_matvec import config, matvec, serves
+from latentcot.kernels.delta_rule.triton_store import rotate_and_store
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -128,6 +129,50 @@ def products_refused():
     return messages
 
 
+def store(heads, G, K, layout, dtype):
+    """Queries turned, keys turned and stored, values stored, nothing else touched."""
+    from latentcot.backbone.rotary import apply_rotary, rotary_table
+
+    B, T, dtype, generator = 3, 7, DTYPES[dtype], torch.Generator().manual_seed(4)
+    projected = torch.randn(B, (heads + 2 * G) * K + 5, generator=generator).to(dtype)
+    keys, values = torch.full((2, B, T, G, K), 9.0, dtype=dtype)
+    position = torch.tensor([0, 6, 3])
+    tables = None if layout is None else rotary_table(torch.arange(T)[:, None], K, 100.0, torch.float32)
+    q = rotate_and_store(
+        projected, keys, values, position, heads=heads, angles=tables, interleaved=layout == "interleaved"
+    )
+    rows = projected.double()[:, : (heads + 2 * G) * K].view(B, 1, heads + 2 * G, K)
+    turned = rows
+    if layout is not None:
+        turned = apply_rotary(rows, rotary_table(position[:, None], K, 100.0, torch.float64), layout)
+    b, untouched = torch.arange(B), torch.ones(B, T, dtype=torch.bool)
+    untouched[b, position] = False
+    assert bool((keys[untouched] == 9).all())
+    assert bool((values[untouched] == 9).all())
+    return {
+        "q": relative_rms(q, turned[:, 0, :heads]),
+        "k": relative_rms(keys[b, position], turned[:, 0, heads : heads + G]),
+        "v": relative_rms(values[b, position], rows[:, 0, heads + G :]),
+    }
+
+
+def stores_refused():
+    good = {
+        "projected": torch.zeros(1, 16), "keys": torch.zeros(1, 3, 1, 4), "values": torch.zeros(1, 3, 1, 4),
+        "position": torch.zeros(1, dtype=torch.long), "angles": (torch.zeros(3, 2), torch.zeros(3, 2)),
+    }  # fmt: skip
+    messages = []
+    for change in (
+        {"values": torch.zeros(1, 2, 1, 4)}, {"projected": torch.zeros(1, 15)}, {"projected": torch.zeros(1, 16).half()},
+        {"angles": (torch.zeros(2, 2), torch.zeros(3, 2))}, {"angles": (torch.zeros(3, 2).double(),) * 2},
+    ):  # fmt: skip
+        try:
+            rotate_and_store(**{**good, **change}, heads=2)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 def engine(stack):
     """A whole engine whose blocks run in Triton, against the model's own forward; [largest difference, paths]."""
     from latentcot.backbone import HybridConfig, HybridForCausalLM, engine_steps
@@ -204,6 +249,14 @@ CHECKS = {
     },
     "product-limits": (lambda: [serves(4, 8192), serves(5, 8), serves(1, 8193), serves(1, 24, 12), *config(1024, 2816)], ()),
     "products_refused": (products_refused, ()),
+    **{
+        f"store-{dtype}-{name}": (store, (*sizes, dtype))
+        for dtype in DTYPES
+        for name, sizes in {
+            "half": (4, 2, 12, "half"), "interleaved": (2, 2, 8, "interleaved"), "none": (3, 1, 5, None),
+        }.items()
+    },
+    "stores_refused": (stores_refused, ()),
     "engine-pre": (
         engine,
         ({"num_hidden_layers": 1, "mixer": "gated_deltanet", "gated_deltanet": {"num_heads": 2, "head_dim": 8}},),

@@ -87,6 +87,25 @@ def test_products_that_do_not_fit_are_named(results):
         assert "expected" in message
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", ["half", "interleaved", "none"])
+def test_queries_are_turned_and_keys_and_values_stored(case, dtype, results):
+    found = results[f"store-{dtype}-{case}"]
+    assert isinstance(found, dict), found
+    assert max(found["q"], found["k"]) < TOLERANCE[dtype]
+    assert found["v"] == 0  # copied, not a number changed
+
+
+def test_stores_that_do_not_fit_are_named(results):
+    found = results["stores_refused"]
+    assert isinstance(found, list), found
+    names = ["values", "projected", "dtype", "angles", "angles"]
+    assert len(found) == len(names)
+    for name, message in zip(names, found, strict=True):
+        assert name in message
+        assert "expected" in message
+
+
 @pytest.mark.parametrize("stack", ["pre", "hybrid", "post"])
 def test_a_whole_engine_on_these_kernels_is_the_model(stack, results):
     found = results[f"engine-{stack}"]
