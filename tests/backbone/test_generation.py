@@ -65,6 +65,21 @@ def test_token_by_token_equals_the_full_forward(stack, training):
 
 
 @pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("cuts", [(5, 4, 1, 1, 1), (1,) * 12, (2, 10)], ids=["uneven", "single", "two"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
+def test_tokens_onto_a_filled_state_go_on_from_it(stack, cuts, gradients):
+    """Neither "prompt" nor "one token": several tokens at once behind others (reported fault S-1)."""
+    model, ids = make(stack), tokens(2, 12)
+    with torch.set_grad_enabled(gradients):
+        whole, state, parts = model(ids).logits, model.new_state(), []
+        for part in ids.split(cuts, 1):
+            output = model(part, state=state)
+            state = output.state
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_a_prompt_in_segments_equals_the_whole(stack, chunk):
     model, ids = make(stack), tokens(2, 130)
