@@ -132,7 +132,11 @@ def gated_delta_decode(
         raise ValueError(
             f"gated_delta_decode: state needs to be contiguous float32, given {state.dtype}, strides {state.stride()}"
         )
-    if taps.shape[1] != 2 * heads * K + H * V or ring.shape != (B, W, D) or not (ring.is_contiguous() and taps.is_contiguous()):
+    if (
+        taps.shape[1] != 2 * heads * K + H * V
+        or ring.shape != (B, W, D)
+        or not (ring.is_contiguous() and taps.is_contiguous())
+    ):
         raise ValueError(
             f"gated_delta_decode: ring {list(ring.shape)} and taps {list(taps.shape)} given, expected contiguous "
             f"[{B}, W, {2 * heads * K + H * V}] and [W, {2 * heads * K + H * V}]"

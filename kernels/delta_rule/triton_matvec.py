@@ -75,7 +75,9 @@ def _matvec_kernel(
 
 def serves(rows: int, columns: int, head: int | None = None) -> bool:
     """Whether :func:`matvec` takes so many rows, columns D of W, and columns of a head for ``heads`` (a power of two)."""
-    return 1 <= rows <= MOST_ROWS and power_of_two(columns) <= WIDEST and (head is None or power_of_two(head, 1) == head)
+    return (
+        1 <= rows <= MOST_ROWS and power_of_two(columns) <= WIDEST and (head is None or power_of_two(head, 1) == head)
+    )
 
 
 def matvec(
@@ -106,7 +108,9 @@ def matvec(
     if before not in MODES:
         raise ValueError(f"matvec: before is {before!r}, expected one of {', '.join(MODES)}")
     if (before == "heads") != (head is not None) or (head is not None and D % head):
-        raise ValueError(f"matvec: head is {head!r} for before={before!r}, expected the width of a head for 'heads' alone")
+        raise ValueError(
+            f"matvec: head is {head!r} for before={before!r}, expected the width of a head for 'heads' alone"
+        )
     if not serves(B, D, head):
         raise ValueError(
             f"matvec: {B} rows, {D} columns and heads of {head} given, expected at most {MOST_ROWS}, {WIDEST} and a power of two"
