@@ -31,6 +31,7 @@ TASKS: dict[str, str] = {
     "group": "latentcot.tasks.group:GroupTask",
     "chain": "latentcot.tasks.chain:ChainTask",
     "mqar": "latentcot.tasks.mqar:MQARTask",
+    "needle": "latentcot.tasks.needle:NeedleTask",
     "prosqa": "latentcot.tasks.prosqa:ProsQATask",
     "prosqa_balanced": "latentcot.tasks.prosqa:ProsQABalancedTask",
     "prosqa_paper": "latentcot.tasks.prosqa:ProsQAPaperTask",
