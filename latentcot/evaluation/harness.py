@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from latentcot.backbone import HybridForCausalLM
 
-
 _Base: Any = HFLM  # its decorator makes it abstract in the eyes of type checkers
 
 

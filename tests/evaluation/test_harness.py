@@ -1,5 +1,7 @@
 """lm-eval's three requests on a tiny model, each against the model asked directly. No network."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,8 +14,8 @@ from transformers import ByT5Tokenizer
 from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.evaluation import LatentCotLM
 
-TOKENIZER = ByT5Tokenizer(extra_ids=0)
-PREFIX = TOKENIZER.eos_token_id  # stands in front of an empty context: there is no <bos>
+TOKENIZER: Any = ByT5Tokenizer(extra_ids=0)
+PREFIX: int = TOKENIZER.eos_token_id  # stands in front of an empty context: there is no <bos>
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def request(kind: str, *arguments) -> Instance:
 
 
 def ids_of(text: str) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
 def log_probabilities(model, ids: list[int]) -> torch.Tensor:
