@@ -48,6 +48,8 @@ class RatioStudy:
     Args:
         mixers: linear mixers, by name.
         layers, width, heads, mlp_width: of every stack; all mixers have ``heads`` heads.
+        initializer_range, embedding_scale: weights start small and embeddings near one, so that six layers do not drown the tokens.
+        rope_theta: base of the rotary angles of full attention; a few dozen tokens need no wavelengths of thousands.
         mqar: options of :class:`~latentcot.tasks.mqar.MQARConfig`.
         pairs: numbers of pairs that recall is measured at; the last one is what claims are about.
         mqar_rates: learning rates of the MQAR runs; the better one on validation sequences counts.
@@ -69,11 +71,14 @@ class RatioStudy:
     mqar_rates: tuple[float, ...]
     mqar_train: TrainConfig
     text_train: TrainConfig
-    mqar_batch: int = 32
+    mqar_batch: int = 64
     text_batch: int = 8
     text_length: int = 128
     items: int = 500
     text_items: int = 64
+    initializer_range: float = 0.05
+    embedding_scale: float = 6.0
+    rope_theta: float = 100.0
 
     @property
     def periods(self) -> tuple[int | None, ...]:
@@ -87,6 +92,8 @@ class RatioStudy:
 
     def backbone(self, mixer: str, period: int | None, vocab_size: int) -> HybridConfig:
         """Configuration of one cell."""
+        options = mixer_options("attention" if mixer == TRANSFORMER else mixer, self.width, self.heads)
+        options["attention"] |= {"rope_theta": self.rope_theta}
         return HybridConfig(
             vocab_size=vocab_size,
             hidden_size=self.width,
@@ -94,11 +101,12 @@ class RatioStudy:
             mixer="attention" if mixer == TRANSFORMER else mixer,
             period=None if mixer == TRANSFORMER else period,
             intermediate_size=self.mlp_width,
-            initializer_range=0.1,
+            initializer_range=self.initializer_range,
+            embedding_scale=self.embedding_scale,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=None,
-            **mixer_options("attention" if mixer == TRANSFORMER else mixer, self.width, self.heads),
+            **options,
         )
 
 
@@ -128,12 +136,12 @@ def default_study() -> RatioStudy:
         mixers=MIXERS,
         layers=6,
         width=32,
-        heads=2,
+        heads=1,
         mlp_width=64,
-        mqar={"length": 32, "min_difficulty": 1, "max_difficulty": 8, "vocabulary": 64, "filler": "zero"},
-        pairs=(2, 4, 8),
+        mqar={"length": 32, "min_difficulty": 2, "max_difficulty": 4, "vocabulary": 256, "filler": "zero"},
+        pairs=(2, 3, 4),
         mqar_rates=(1e-2,),
-        mqar_train=TrainConfig(steps=600, learning_rate=1e-2, warmup_steps=30, final_rate=0.0, checkpoint_every=200),
+        mqar_train=TrainConfig(steps=1000, learning_rate=1e-2, warmup_steps=30, final_rate=0.0, checkpoint_every=200),
         text_train=TrainConfig(steps=300, learning_rate=5e-3, warmup_steps=30, checkpoint_every=100),
     )
 
