@@ -69,11 +69,6 @@ def backward_passes(
     initial = None if initial_state is None else initial_state.contiguous()
     d_initial = None if initial is None else torch.empty_like(last)
 
-    def edge(axes: tuple[int, ...]) -> Tensor | None:
-        """What the state at a sequence's end adds to all gate gradients: its overlap with its gradient."""
-        state, gradient = (initial, d_initial) if reverse else (last, d_last)
-        return None if state is None or gradient is None else (state * gradient).sum(axes)
-
     if bound is None and (gates is None or gates.dim() < 4):
         common: dict[str, Any] = {"gates": gates, "offsets": offsets, "scale": scale}
         if gates is None or gates.dim() == 1:
@@ -95,7 +90,7 @@ def backward_passes(
         dg = None
         if windows is not None and of_q is not None and of_k is not None and carry is not None:
             upper, lower = (of_k, of_q) if reverse else (of_q, of_k)
-            dg = triton_scalar.gate_gradient(upper, lower, carry, edge((2, 3)), windows)
+            dg = triton_scalar.gate_gradient(upper, lower, carry, windows)
         return dq, dk, dv, dg, None, d_initial
 
     assert kept is not None
@@ -124,7 +119,7 @@ def backward_passes(
     assert carry is not None
     first, second = (k, q) if reverse else (q, k)
     dq, dk, dg, d_bound = triton_vector.gradients(
-        first, second, gates, bound, right, left, first_state, second_state, carry, edge((3,)), windows, scale, chunk
+        first, second, gates, bound, right, left, first_state, second_state, carry, windows, scale, chunk
     )
     if reverse:
         dq, dk = dk, dq

@@ -21,8 +21,10 @@ tensor is read once. In a chunk with running sums G of the gates,
 :math:`Y = (A B^\top \odot D) C + e^{G} \odot (A S)`, :math:`S' = e^{G_C} S + (e^{G_C - G} \odot B)^\top C`; right to left the
 two factors change places.
 
-The gradient of a gate is :math:`dg_t = \sum_{t' \ge t} (q \cdot dq - k \cdot dk)_{t'}`. That sum drifts in 16 bits, so it is taken
-inside windows of 256 tokens; what lies beyond a window's end is :math:`\langle S, dS \rangle` there, exact from the stored S.
+The gradient of a gate is what passes it: :math:`\langle S, dS \rangle` at the beginning of a window of 256 tokens, exact from the
+stored S, less :math:`\sum_{t' < t} (q \cdot dq - k \cdot dk)_{t'}` from there. Over the whole sequence the sum would gather
+rounding. Summed from the right, its terms would hold what a gradient of the last state adds before any decay, and where
+gates are strong the small result would be lost in their rounding.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -260,48 +262,44 @@ def scalar_pass(
 
 @triton.jit
 def _gate_kernel(
-    upper, lower, carry, edge, dg, spans, T, H, blocks_upper, blocks_lower, blocks_carry,
-    HAS_EDGE: tl.constexpr, W: tl.constexpr, BH: tl.constexpr,
+    upper, lower, carry, dg, spans, T, H, blocks_upper, blocks_lower, blocks_carry,
+    W: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     inside = h < H
     start = tl.load(spans + piece * 4)
     end = tl.load(spans + piece * 4 + 1)
-    n = tl.load(spans + piece * 4 + 2)
-    final = tl.load(spans + piece * 4 + 3)
     if end > start:
-        t = start + tl.arange(0, W)
+        row = tl.arange(0, W)
+        t = start + row
         mask = (t < end)[:, None] & inside[None, :]
         at = t[:, None] * H + h[None, :]
+        # of the token before: a token's own x, taken from a sum that includes it, would leave its rounding
+        has_before = mask & (row > 0)[:, None]
         x = tl.zeros([W, BH], dtype=tl.float32)
         for _ in range(blocks_upper):
-            x += tl.load(upper + at, mask=mask, other=0.0)
+            x += tl.load(upper + at - H, mask=has_before, other=0.0)
             upper += T * H
         for _ in range(blocks_lower):
-            x -= tl.load(lower + at, mask=mask, other=0.0)
+            x -= tl.load(lower + at - H, mask=has_before, other=0.0)
             lower += T * H
-        beyond = tl.zeros([BH], dtype=tl.float32)
-        if final == 0:
-            for block in range(blocks_carry):
-                beyond += tl.load(carry + ((piece + 1) * H + h) * blocks_carry + block, mask=inside, other=0.0)
-        elif HAS_EDGE:
-            beyond += tl.load(edge + n * H + h, mask=inside, other=0.0)
-        suffix = tl.sum(x, 0)[None, :] - tl.cumsum(x, 0) + x
-        tl.store(dg + at, suffix + beyond[None, :], mask=mask)
+        passing = tl.zeros([BH], dtype=tl.float32)
+        for block in range(blocks_carry):
+            passing += tl.load(carry + (piece * H + h) * blocks_carry + block, mask=inside, other=0.0)
+        tl.store(dg + at, passing[None, :] - tl.cumsum(x, 0), mask=mask)
 
 
-def gate_gradient(upper: Tensor, lower: Tensor, carry: Tensor, edge: Tensor | None, spans: Tensor) -> Tensor:
-    """``dg_t``, float32 ``[B,S,H]``: sum of (upper - lower) from t to the window's end plus what lies beyond it.
+def gate_gradient(upper: Tensor, lower: Tensor, carry: Tensor, spans: Tensor) -> Tensor:
+    """``dg_t``, float32 ``[B,S,H]``: what passes the window's beginning less the sum of (upper - lower) from there to t - 1.
 
-    ``upper, lower [blocks,B,S,H]`` and ``carry [windows,H,blocks]`` are partial sums; ``edge [N,H]`` is the overlap of the
-    last state and its gradient.
+    ``upper, lower [blocks,B,S,H]`` and ``carry [windows,H,blocks]`` are partial sums.
     """
     _, B, S, H = upper.shape
     dg = torch.empty(B, S, H, dtype=torch.float32, device=upper.device)
     heads = min(16, power_of_two(H, 1))
     _gate_kernel[(spans.shape[0], triton.cdiv(H, heads))](
-        upper, lower, carry, edge, dg, spans, B * S, H, upper.shape[0], lower.shape[0], carry.shape[-1],
-        HAS_EDGE=edge is not None, W=WINDOW, BH=heads, num_warps=4,  # pyright: ignore[reportCallIssue]
+        upper, lower, carry, dg, spans, B * S, H, upper.shape[0], lower.shape[0], carry.shape[-1],
+        W=WINDOW, BH=heads, num_warps=4,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return dg

@@ -14,8 +14,8 @@ Four kernels share the work:
   :math:`\hat k = k e^{G_C - G}` and the chunk's decay :math:`e^{G_C}`;
 * :func:`recurrence`, along the sequence: :math:`Y = W C + A S`, :math:`S' = e^{G_C} S + B^\top C`. It makes o from
   :math:`(A, \hat q, \hat k, v)`, dv from :math:`(A^\top, \hat k, \hat q, do)`, and the parts of dq and dk that pass through the state;
-* :func:`gradients`, parallel over windows of 64 tokens: the parts of dq and dk inside chunks, and
-  :math:`dg_t = \sum_{t' \ge t} (q \odot dq - k \odot dk)_{t'}`, where the sum beyond the window is the row sum of S ⊙ dS at its end.
+* :func:`gradients`, parallel over windows of 64 tokens: the parts of dq and dk inside chunks, and dg, the row sum of
+  S ⊙ dS at the window's beginning less :math:`\sum_{t' < t} (q \odot dq - k \odot dk)_{t'}` from there (``triton_scalar.py``).
 
 HGRN2 runs on the same kernels: with ``lower_bound`` given, "k" holds the raw gate f, and q, k and g are made on the
 fly, :math:`\alpha = lb + (1-lb)\sigma(f)`, :math:`k = 1-\alpha`, :math:`g = \log \alpha`, :math:`q \leftarrow \mathrm{silu}(q)`.
@@ -301,11 +301,10 @@ def _recurrence_kernel(
 @triton.jit
 def _gradients_window(
     block, piece, h,
-    q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+    q, k, g, bound, v, do, dq_state, dk_state, carry, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
     q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
     EXACT: tl.constexpr,
     HGRN2: tl.constexpr,
-    HAS_EDGE: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
@@ -318,8 +317,6 @@ def _gradients_window(
 ):  # fmt: skip
     begin = tl.load(spans + piece * 4)
     end = tl.load(spans + piece * 4 + 1)
-    n = tl.load(spans + piece * 4 + 2)
-    final = tl.load(spans + piece * 4 + 3)
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
@@ -330,16 +327,12 @@ def _gradients_window(
     if HGRN2:
         low = tl.load(bound + h * K + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
         room = 1.0 / (1.0 - low)
-    beyond = tl.zeros([BK], dtype=tl.float32)  # what later tokens add to every gate gradient
-    if final == 0:
-        beyond += tl.load(carry + ((piece + 1) * H + h) * K + channel, mask=inside, other=0.0)
-    elif HAS_EDGE:
-        beyond += tl.load(edge + (n * H + h) * K + channel, mask=inside, other=0.0)
+    passing = tl.load(carry + (piece * H + h) * K + channel, mask=inside, other=0.0)  # the next token's gate
     bound_sum = tl.zeros([BK], dtype=tl.float32)
     most = 0.0
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     for step in range(chunks):
-        t = begin + (chunks - 1 - step).to(tl.int64) * C + rows
+        t = begin + step * C + rows
         valid = t < end
         mask = valid[:, None] & inside[None, :]
         direct = tl.zeros([C, C], dtype=tl.float32)
@@ -391,9 +384,8 @@ def _gradients_window(
         x = q_rows * dq_rows - k_rows * dk_rows
         dq_rows += own * k_rows
         dk_rows += own * q_rows
-        whole = tl.sum(x, 0)
-        dg_rows = whole[None, :] - tl.cumsum(x, 0) + x + beyond[None, :]
-        beyond += whole
+        dg_rows = passing[None, :] - (tl.cumsum(x, 0) - x)
+        passing -= tl.sum(x, 0)
         if HGRN2:
             inverse = tl.exp2(-gates)  # of alpha
             dg_rows -= tl.exp2(gates) * dk_rows
@@ -418,11 +410,10 @@ def _gradients_window(
 
 @triton.jit
 def _gradients_kernel(
-    q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+    q, k, g, bound, v, do, dq_state, dk_state, carry, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
     q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head, windows,
     EXACT: tl.constexpr,
     HGRN2: tl.constexpr,
-    HAS_EDGE: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
@@ -443,17 +434,17 @@ def _gradients_kernel(
                 if tl.load(wide_spread + each) > 0:
                     _gradients_window(
                         each % blocks, (each // blocks // H).to(tl.int64), (each // blocks % H).to(tl.int64),
-                        q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread,
+                        q, k, g, bound, v, do, dq_state, dk_state, carry, dq, dk, dg, dbound, wide_spread,
                         spans, scale, H, K, V, blocks,
                         q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
-                        EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST, NATIVE,
+                        EXACT, HGRN2, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST, NATIVE,
                     )  # fmt: skip
     else:
         _gradients_window(
             tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64),
-            q, k, g, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
+            q, k, g, bound, v, do, dq_state, dk_state, carry, dq, dk, dg, dbound, wide_spread, spans, scale, H, K, V, blocks,
             q_token, q_head, k_token, k_head, g_token, g_head, v_token, v_head, do_token, do_head,
-            EXACT, HGRN2, HAS_EDGE, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST, NATIVE,
+            EXACT, HGRN2, C, LEVELS, BK, BV, SUMS, OPERAND, PRECISION, FAST, NATIVE,
         )  # fmt: skip
 
 
@@ -561,7 +552,7 @@ def recurrence(
 
 def gradients(
     q: Tensor, k: Tensor, gates: Tensor | None, bound: Tensor | None, v: Tensor, do: Tensor,
-    dq_state: Tensor, dk_state: Tensor, carry: Tensor, edge: Tensor | None, windows: Tensor,
+    dq_state: Tensor, dk_state: Tensor, carry: Tensor, windows: Tensor,
     scale: float, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dg float32 ``[B,S,H,K]``, dbound ``[H,K]``); for HGRN2 dk is df and dg is empty."""
@@ -579,13 +570,13 @@ def gradients(
     blocks, count = triton.cdiv(K, BK), windows.shape[0]
     wide_spread = torch.empty(count, H, blocks, dtype=torch.int32, device=q.device)
     arguments: Any = (
-        q, k, gates, bound, v, do, dq_state, dk_state, carry, edge, dq, dk, dg, dbound, wide_spread, windows, scale,
+        q, k, gates, bound, v, do, dq_state, dk_state, carry, dq, dk, dg, dbound, wide_spread, windows, scale,
         H, K, V, blocks,
         *q.stride()[1:3], *k.stride()[1:3], *_gate_arguments(gates), *v.stride()[1:3], *do.stride()[1:3], count,
     )  # fmt: skip
     for exact, grid in ((False, (blocks, count, H)), (True, (triton.cdiv(wide_spread.numel(), GROUP),))):
         _gradients_kernel[grid](
-            *arguments, EXACT=exact, HGRN2=bound is not None, HAS_EDGE=edge is not None, C=chunk, BK=BK, GROUP=GROUP,
+            *arguments, EXACT=exact, HGRN2=bound is not None, C=chunk, BK=BK, GROUP=GROUP,
             BV=min(power_of_two(V), 128 if q.dtype.itemsize == 2 else 64), **_numbers(chunk, q.dtype, q.device),
             num_warps=shape.warps, num_stages=shape.stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip

@@ -36,7 +36,11 @@ def softplus(x):
 @triton.jit
 def _row(tile, a, ROWS: tl.constexpr):
     """Row ``a`` of ``tile [ROWS,16]``: a tile is no list that a constant could index."""
-    return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == a, tile, 0.0), axis=0)
+    if ROWS == 1:
+        row = tl.reshape(tile, [16])
+    else:
+        row = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == a, tile, 0.0), axis=0)
+    return row
 
 
 @triton.jit
@@ -120,8 +124,10 @@ def solve_kernel(
             g = -rate * softplus(g.to(tl.float32) + tl.load(bias + head).to(tl.float32))
             g = tl.where(inside, g, 0.0).to(SUM_DTYPE)
         g = base_two(g)
-        blocks = tl.sum(g, axis=1)
-        G = tl.cumsum(g, axis=1) + (tl.cumsum(blocks, axis=0) - blocks)[:, None]
+        G = tl.cumsum(g, axis=1)
+        if C > 16:  # a sum along one block alone does not compile
+            blocks = tl.sum(g, axis=1)
+            G += (tl.cumsum(blocks, axis=0) - blocks)[:, None]
         tl.store(sums + head.to(tl.int64) * T + t, G, mask=inside)
     else:
         G = b
