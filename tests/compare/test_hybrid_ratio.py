@@ -36,6 +36,7 @@ from latentcot.training.language import LanguageModel
 STUDY = replace(
     quick_study(),
     mixers=("gla",),
+    mqar={"length": 32, "min_difficulty": 2, "max_difficulty": 4, "vocabulary": 64, "filler": "zero"},
     pairs=(2, 4),
     mqar_train=replace(quick_study().mqar_train, steps=4, checkpoint_every=2),
     text_train=replace(quick_study().text_train, steps=4, checkpoint_every=2),

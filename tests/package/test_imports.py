@@ -17,6 +17,7 @@ PUBLIC = [
     "latentcot.cli",
     "latentcot.compare",
     "latentcot.diffusion_reasoning",
+    "latentcot.evaluation",
     "latentcot.kernels",
     "latentcot.notebooks",
     "latentcot.reasoner",
