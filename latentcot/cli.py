@@ -50,7 +50,7 @@ def compare_command(
     preset: Annotated[
         str,
         typer.Argument(
-            help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) about half an hour, "
+            help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) half an hour, "
             "`mqar` (recall at the published size) minutes."
         ),
     ] = "quickstart",
