@@ -32,8 +32,10 @@ since a write enters what follows only as :math:`k_j^\top \tilde U_j`, and
 :math:`\beta_j k_j \cdot z_j = X_j \cdot (\beta_j v_j - \tilde U_j)`. The gates take their products from the keys' side all the
 same: there the rounding of pairs cancels.
 
-The order inside a chunk is chosen for the registers: tiles that belong to one of two sums are loaded, used and let go
-before the other begins. Rows of numbers are loaded first: behind a store the compiler may not move a load up.
+The weights between the tokens of a chunk are needed by both walks and by every block of key channels: ``pair_kernel``
+forms them once. The order inside a chunk is chosen for the registers: tiles that belong to one of two sums are loaded,
+used and let go before the other begins. Rows of numbers are loaded first: behind a store the compiler may not move a
+load up.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -47,7 +49,6 @@ from latentcot.kernels.delta_rule.triton_tiles import (
     diagonal,
     load_tile,
     pair_decays,
-    pair_decays_transposed,
     power,
     running_sums,
     store_tile,
@@ -57,9 +58,73 @@ SMALL = tl.constexpr(2.0**-6)
 
 
 @triton.jit
+def erase_factor(b):
+    """What the erasing weights hold of a strength: all of it, unless it is near zero, since z is wanted there, too."""
+    return tl.where(tl.abs(b) < SMALL, 1.0, b)
+
+
+@triton.jit
+def pair_kernel(
+    sums, strengths, writes, targets, d_o, reading, erasing, own, selves, offsets, bases, owners, scale,
+    T, N,
+    HEADS: tl.constexpr,
+    V: tl.constexpr,
+    o_token: tl.constexpr,
+    o_head: tl.constexpr,
+    C: tl.constexpr,
+    SUM_CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The weights between the tokens of a chunk, all chunks at once: for j < i, ``[T,HEADS,C]`` with j the last axis,
+
+    ``reading`` s (dO_i·U_j) e^(G_i - G_j) and ``erasing`` f_i (X_i·U_j) e^(G_i - G_j), f of :func:`erase_factor`; and for
+    j = i, ``[HEADS,T]``, ``own`` s dO_i·U_i, a token's weight in its own output, which no gate scales and which is in
+    none of the gates' products, and ``selves`` X_i·U_i. Both walks read the same rounded weights: the pairs of tokens on
+    one side of a gate cancel in its gradient.
+    """
+    chunk = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    n = tl.load(owners + chunk)
+    if n >= N:
+        return
+    begin = tl.load(offsets + n)
+    end = tl.load(offsets + n + 1)
+    first = begin + (chunk - tl.load(bases + n)) * C
+    row = tl.arange(0, C)
+    at = head.to(tl.int64) * T + first + row
+    inside = row < (end - first).to(tl.int32)
+    writes += first * HEADS * V + head * V
+    targets += first * HEADS * V + head * V
+    d_o += first * o_token + head.to(tl.int64) * o_head
+    read = tl.zeros([C, C], dtype=tl.float32)
+    erase = tl.zeros([C, C], dtype=tl.float32)
+    for part in range(WIDTH // BLOCK):
+        column = part * BLOCK + tl.arange(0, BLOCK)
+        u = load_tile(writes, row * HEADS * V, column, inside, column < V)
+        x = load_tile(targets, row * HEADS * V, column, inside, column < V)
+        d_o_tile = load_tile(d_o, row * o_token, column, inside, column < V).to(u.dtype)
+        read = tl.dot(d_o_tile, tl.trans(u), read, input_precision=PRECISION)
+        erase = tl.dot(x, tl.trans(u), erase, input_precision=PRECISION)
+    b = tl.load(strengths + at, mask=inside, other=0.0)
+    if GATED:
+        G, _ = running_sums(sums + head.to(tl.int64) * T, begin, first, end, C, SUM_CHUNK)
+        decays = pair_decays(G, C, True, False)
+    else:
+        decays = pair_decays(b, C, False, False)
+    tl.store(own + at, scale * diagonal(read, C), mask=inside)
+    tl.store(selves + at, diagonal(erase, C), mask=inside)
+    to = first * HEADS * C + head * C
+    store_tile(reading + to, read * (scale * decays), row * HEADS * C, row, inside, row < C)
+    store_tile(erasing + to, erase * (erase_factor(b)[:, None] * decays), row * HEADS * C, row, inside, row < C)
+
+
+@triton.jit
 def left_kernel(
-    q, k, sums, strengths, norms, answers, initial, writes, targets, d_o, d_q, d_k, own, read_products, erase_products,
-    offsets, scale,
+    q, k, sums, strengths, norms, answers, own, reading, erasing, initial, writes, targets, d_o, d_q, d_k,
+    read_products, erase_products, offsets, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -81,10 +146,7 @@ def left_kernel(
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq ``[T,HEADS,K]``, the part -beta z of dk, per block q·dq and k·z ``[blocks,HEADS,T]``, and ``own [HEADS,T]``.
-
-    The last is the weight of a token in its own output, s dO·U, without a gate and in neither product.
-    """
+    """dq ``[T,HEADS,K]``, the part -beta z of dk, and per block q·dq and k·z ``[blocks,HEADS,T]``."""
     blocks = tl.cdiv(K, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % HEADS
@@ -105,6 +167,8 @@ def left_kernel(
     strengths += head.to(tl.int64) * T
     sums += head.to(tl.int64) * T
     own += head.to(tl.int64) * T
+    reading += head.to(tl.int64) * C
+    erasing += head.to(tl.int64) * C
     read_products += (block.to(tl.int64) * HEADS + head) * T
     erase_products += (block.to(tl.int64) * HEADS + head) * T
     if PROJECT:
@@ -129,35 +193,28 @@ def left_kernel(
             along = tl.zeros([C], dtype=tl.float32)
             for part in tl.static_range(VALUE_BLOCKS):
                 along += tl.load(answers + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
-        # The weights are rounded exactly as the other walk rounds them: the pairs of tokens on one side of a gate then
-        # cancel in its gradient. Only a strength near zero stays outside, since z is wanted where it is zero, too.
-        factor = tl.where(tl.abs(b) < SMALL, 1.0, b)
+        erase = load_tile(erasing + first * HEADS * C, row * HEADS * C, row, inside, row < C)
+        read = load_tile(reading + first * HEADS * C, row * HEADS * C, row, inside, row < C)
+        mine = tl.load(own + at, mask=inside, other=0.0)
+        factor = erase_factor(b)
         z_scale = factor
         q_scale = scale + 0.0 * b
         if GATED:
             G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
-            decays = pair_decays(G, C, True, False)
             z_scale *= power(G)
             q_scale *= power(G)
-        else:
-            decays = pair_decays(b, C, False, False)
         held = state.to(u.dtype)
         k_wide = k_tile.to(tl.float32)
 
         z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
-        weights = tl.dot(x, tl.trans(u), input_precision=PRECISION) * (factor[:, None] * decays)
-        z = tl.dot(weights.to(u.dtype), k_tile, z, input_precision=PRECISION)
+        z = tl.dot(erase, k_tile, z, input_precision=PRECISION)
         store_tile(d_k + first * HEADS * K, (-b / factor)[:, None] * z, row * HEADS * K, key, inside, key < K)
         tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
 
         d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
         q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
-        weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
-        mine = scale * diagonal(weights, C)
-        tl.store(own + at, mine, mask=inside)
-        weights *= scale * decays
         dq = tl.dot(d_o_tile, held, input_precision=PRECISION) * q_scale[:, None]
-        dq = tl.dot(weights.to(u.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = tl.dot(read, k_tile, dq, input_precision=PRECISION)
         if GATED:
             tl.store(read_products + at, tl.sum(dq * q_tile.to(tl.float32), axis=1), mask=inside)
         dq += mine[:, None] * k_wide
@@ -173,7 +230,8 @@ def left_kernel(
 
 @triton.jit
 def right_kernel(
-    q, k, sums, strengths, norms, reads, d_last, writes, targets, d_o, d_k, own, left_products, offsets, scale,
+    q, k, sums, strengths, norms, reads, own, selves, reading, erasing, d_last, writes, targets, d_o, d_k, left_products,
+    offsets, scale,
     T,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -197,7 +255,7 @@ def right_kernel(
 ):  # fmt: skip
     """Adds to dk what the keys left for later tokens; its product with k, per block, goes to ``left_products``.
 
-    ``own`` is what the walk from the left found, ``reads [VALUE_BLOCKS,HEADS,T]`` the products of X with v.
+    ``reads [VALUE_BLOCKS,HEADS,T]`` are the products of X with v, ``selves [HEADS,T]`` those with U.
     """
     blocks = tl.cdiv(K, BLOCK)
     block = tl.program_id(0) % blocks
@@ -218,10 +276,13 @@ def right_kernel(
     strengths += head.to(tl.int64) * T
     sums += head.to(tl.int64) * T
     own += head.to(tl.int64) * T
+    reading += head.to(tl.int64) * C
+    erasing += head.to(tl.int64) * C
     left_products += (block.to(tl.int64) * HEADS + head) * T
     if PROJECT:
         norms += (HEADS // GROUP + head // GROUP).to(tl.int64) * T
         reads += head.to(tl.int64) * T
+        selves += head.to(tl.int64) * T
     if HAS_LAST:
         d_last += (n.to(tl.int64) * HEADS + head) * K * V
         d_state = load_tile(d_last, column, key * V, column < V, key < K)
@@ -240,22 +301,18 @@ def right_kernel(
         mine = tl.load(own + at, mask=inside, other=0.0)
         if PROJECT:
             norm = tl.load(norms + at, mask=inside, other=0.0)
-            along = tl.zeros([C], dtype=tl.float32)
+            along = 2.0 * tl.load(selves + at, mask=inside, other=0.0)
             for part in tl.static_range(VALUE_BLOCKS):
                 along -= b * tl.load(reads + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
-        if GATED:
-            G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
-            decays = pair_decays_transposed(G, C, True, False)
-            start = power(G)
-        else:
-            decays = pair_decays_transposed(b, C, False, False)
-
+        read = load_tile(reading + first * HEADS * C, row, row * HEADS * C, row < C, inside)  # its transpose
+        erase = load_tile(erasing + first * HEADS * C, row, row * HEADS * C, row < C, inside)
         left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION)
         if GATED:
+            G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
+            start = power(G)
             left *= power(total - G)[:, None]
             d_state *= power(total)
-        weights = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION) * (scale * decays)
-        left = tl.dot(weights.to(u.dtype), q_tile, left, input_precision=PRECISION)
+        left = tl.dot(read, q_tile, left, input_precision=PRECISION)
         q_wide = q_tile.to(tl.float32)
         if GATED:
             q_tile = (q_wide * (scale * start)[:, None]).to(u.dtype)
@@ -265,12 +322,9 @@ def right_kernel(
 
         x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
         k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
-        weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
-        if PROJECT:
-            along += 2.0 * diagonal(weights, C)
-        weights *= -b[None, :] * decays
-        left = tl.dot(weights.to(u.dtype), k_tile, left, input_precision=PRECISION)
         k_wide = k_tile.to(tl.float32)
+        erased = (k_wide * (-b / erase_factor(b))[:, None]).to(u.dtype)  # -k but where the strength is near zero
+        left = tl.dot(erase, erased, left, input_precision=PRECISION)
         if GATED:
             tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
         left += mine[:, None] * q_wide

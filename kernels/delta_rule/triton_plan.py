@@ -19,8 +19,8 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
     """The launch shape of ``delta_forward``, ``delta_reverse``, ``delta_left`` or ``delta_right``.
 
     With a decay per channel ``delta_channel_forward`` and so on. ``block`` is value columns for forward and reverse,
-    key channels for left and right, which share one. The solve takes the forward's chunk and so does the reverse; a
-    chunk of left or right divides it (with a decay per channel: is the same). Defaults keep a program's state within
+    key channels for left and right, which share one, and the chunk. The solve takes the forward's chunk and so does the
+    reverse; the chunk of left and right divides it (with a decay per channel: is the same). Defaults keep a program's state within
     8192 numbers (64 registers a thread) and its tiles within 227 KB of shared memory.
     """
     K_wide, V_wide = power_of_two(K), power_of_two(V)
@@ -36,7 +36,7 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
         # one stage with 32 columns is miscompiled for Hopper by Triton 3.6: shared memory is read out of bounds
         default = Launch(64, min(V_wide, 64 if K_wide <= 128 else 32), 4, 2)
     else:  # a tile of all value columns has to fit
-        chunk = 64 if V_wide <= 128 else 32 if V_wide <= 256 else 16
+        chunk = 64 if V_wide <= 256 else 32
         default = Launch(chunk, min(K_wide, max(16, 8192 // V_wide), 64), 4, 2 if V_wide <= 128 else 1)
     found = launch_shape(kernel, K, V, dtype, device, default)
     if kernel == f"{family}_forward":
@@ -45,8 +45,9 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
     if kernel == "delta_left" or kernel == "delta_right":
         chunk = min(found.chunk, chunk)
     found = found._replace(chunk=chunk)
-    if kernel == f"{family}_right":
-        found = found._replace(block=config(f"{family}_left", K, V, dtype, device).block)
+    if kernel == f"{family}_right":  # both walks over key channels read what is kept by blocks and chunks of the first
+        left = config(f"{family}_left", K, V, dtype, device)
+        found = found._replace(chunk=left.chunk, block=left.block)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from latentcot.kernels.delta_rule.triton_keys import finish_kernel, left_kernel, right_kernel
+from latentcot.kernels.delta_rule.triton_keys import finish_kernel, left_kernel, pair_kernel, right_kernel
 from latentcot.kernels.delta_rule.triton_norms import norm_kernel
 from latentcot.kernels.delta_rule.triton_plan import (
     PRECISION,
@@ -149,17 +149,26 @@ def backward(
     left, right = (config(name, K, V, q.dtype, q.device) for name in ("delta_left", "delta_right"))
     key_blocks = triton.cdiv(K, left.block)
     d_q, d_k = new(B, S, Hv, K, dtype=q.dtype), new(B, S, Hv, K, dtype=k.dtype)
-    products, own = new(3, key_blocks, Hv, T), new(Hv, T)
+    products, (own, selves) = new(3, key_blocks, Hv, T), new(2, Hv, T)
+    reading, erasing = new(2, T, Hv, left.chunk, dtype=q.dtype)
+    _, bases, chunk_owners, chunks = pieces(q, cu_seqlens, left.chunk)
+    pair_kernel[(chunks * Hv,)](
+        sums, strengths, writes, targets, d_o, reading, erasing, own, selves, offsets, bases, chunk_owners, scale,
+        T, N, Hv, V, *strides(d_o),
+        C=left.chunk, SUM_CHUNK=shape.chunk, WIDTH=power_of_two(V), BLOCK=min(power_of_two(V), 64), GATED=gated,
+        PRECISION=PRECISION, num_warps=4, num_stages=1,
+    )  # fmt: skip
     grid = (key_blocks * Hv * N,)
     left_kernel[grid](
-        q, k, sums, strengths, norms, answers, initial, writes, targets, d_o, d_q, d_k, own, products[0], products[1],
-        offsets, scale,
+        q, k, sums, strengths, norms, answers, own, reading, erasing, initial, writes, targets, d_o, d_q, d_k,
+        products[0], products[1], offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=left.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, VALUE_BLOCKS=value_blocks,
         GATED=gated, PROJECT=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, **options(left, q.dtype),
     )  # fmt: skip
     right_kernel[grid](
-        q, k, sums, strengths, norms, reads, d_last, writes, targets, d_o, d_k, own, products[2], offsets, scale,
+        q, k, sums, strengths, norms, reads, own, selves, reading, erasing, d_last, writes, targets, d_o, d_k, products[2],
+        offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=right.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=right.block, VALUE_BLOCKS=value_blocks,
         GATED=gated, PROJECT=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),

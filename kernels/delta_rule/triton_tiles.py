@@ -84,14 +84,11 @@ def diagonal(weights, C: tl.constexpr):
 
 
 @triton.jit
-def pair_decays_transposed(G, C: tl.constexpr, GATED: tl.constexpr, OWN: tl.constexpr = True):
+def pair_decays_transposed(G, C: tl.constexpr, GATED: tl.constexpr):
     """The transpose of :func:`pair_decays`, formed as such: row j, column i."""
     j = tl.arange(0, C)[:, None]
     i = tl.arange(0, C)[None, :]
-    if OWN:
-        seen = j <= i
-    else:
-        seen = j < i
+    seen = j <= i
     if GATED:
         decays = tl.exp2(tl.where(seen, (G[None, :] - G[:, None]).to(tl.float32), float("-inf")))
     else:
