@@ -42,7 +42,7 @@ def forward_shapes(
         ((T, Hv, K) if channel else (Hv, T) if gated else (0,), wide),
         ((Hv, T), torch.float32),
         ((T, Hv, V) if keep else (0,), q.dtype),
-        ((windows, Hv, K, V) if keep and gated else (0,), torch.float32),
+        ((windows, Hv, K, V) if keep and gated else (0,), q.dtype),
     ]
 
 

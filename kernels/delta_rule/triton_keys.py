@@ -32,10 +32,11 @@ since a write enters what follows only as :math:`k_j^\top \tilde U_j`, and
 :math:`\beta_j k_j \cdot z_j = X_j \cdot (\beta_j v_j - \tilde U_j)`. The gates take their products from the keys' side all the
 same: there the rounding of pairs cancels.
 
-The weights between the tokens of a chunk are needed by both walks and by every block of key channels: ``pair_kernel``
-forms them once. The order inside a chunk is chosen for the registers: tiles that belong to one of two sums are loaded,
-used and let go before the other begins. Rows of numbers are loaded first: behind a store the compiler may not move a
-load up.
+The weights between the tokens of a chunk are needed by both walks and by every block of key channels. With ``PAIRS``
+``pair_kernel`` has formed them once; with few blocks that costs more memory traffic than it saves work, and each walk forms
+its own. Either way both walks round the same numbers, so that the pairs of tokens on one side of a gate cancel in its
+gradient. The order inside a chunk is chosen for the registers: tiles that belong to one of two sums are loaded,
+used and let go before the other begins.
 """
 
 # Inside a kernel Python's types do not hold: constants become constexpr, ranges are unrolled.
@@ -49,6 +50,7 @@ from latentcot.kernels.delta_rule.triton_tiles import (
     diagonal,
     load_tile,
     pair_decays,
+    pair_decays_transposed,
     power,
     running_sums,
     store_tile,
@@ -82,8 +84,7 @@ def pair_kernel(
 
     ``reading`` s (dO_i·U_j) e^(G_i - G_j) and ``erasing`` f_i (X_i·U_j) e^(G_i - G_j), f of :func:`erase_factor`; and for
     j = i, ``[HEADS,T]``, ``own`` s dO_i·U_i, a token's weight in its own output, which no gate scales and which is in
-    none of the gates' products, and ``selves`` X_i·U_i. Both walks read the same rounded weights: the pairs of tokens on
-    one side of a gate cancel in its gradient.
+    none of the gates' products, and ``selves`` X_i·U_i.
     """
     chunk = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -141,12 +142,13 @@ def left_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
+    PAIRS: tl.constexpr,
     GATED: tl.constexpr,
     PROJECT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq ``[T,HEADS,K]``, the part -beta z of dk, and per block q·dq and k·z ``[blocks,HEADS,T]``."""
+    """dq ``[T,HEADS,K]``, the part -beta z of dk, per block q·dq and k·z ``[blocks,HEADS,T]``; without ``PAIRS`` also ``own``."""
     blocks = tl.cdiv(K, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % HEADS
@@ -193,9 +195,10 @@ def left_kernel(
             along = tl.zeros([C], dtype=tl.float32)
             for part in tl.static_range(VALUE_BLOCKS):
                 along += tl.load(answers + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
-        erase = load_tile(erasing + first * HEADS * C, row * HEADS * C, row, inside, row < C)
-        read = load_tile(reading + first * HEADS * C, row * HEADS * C, row, inside, row < C)
-        mine = tl.load(own + at, mask=inside, other=0.0)
+        if PAIRS:
+            erase = load_tile(erasing + first * HEADS * C, row * HEADS * C, row, inside, row < C)
+            read = load_tile(reading + first * HEADS * C, row * HEADS * C, row, inside, row < C)
+            mine = tl.load(own + at, mask=inside, other=0.0)
         factor = erase_factor(b)
         z_scale = factor
         q_scale = scale + 0.0 * b
@@ -203,16 +206,27 @@ def left_kernel(
             G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
             z_scale *= power(G)
             q_scale *= power(G)
+            decays = pair_decays(G, C, True, False)
+        else:
+            decays = pair_decays(b, C, False, False)
         held = state.to(u.dtype)
         k_wide = k_tile.to(tl.float32)
 
         z = tl.dot(x, held, input_precision=PRECISION) * z_scale[:, None]
+        if not PAIRS:
+            erase = tl.dot(x, tl.trans(u), input_precision=PRECISION)
+            erase = (erase * (factor[:, None] * decays)).to(u.dtype)
         z = tl.dot(erase, k_tile, z, input_precision=PRECISION)
         store_tile(d_k + first * HEADS * K, (-b / factor)[:, None] * z, row * HEADS * K, key, inside, key < K)
         tl.store(erase_products + at, tl.sum(z * k_wide, axis=1) / factor, mask=inside)
 
         d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
         q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
+        if not PAIRS:
+            weights = tl.dot(d_o_tile, tl.trans(u), input_precision=PRECISION)
+            mine = scale * diagonal(weights, C)
+            tl.store(own + at, mine, mask=inside)
+            read = (weights * (scale * decays)).to(u.dtype)
         dq = tl.dot(d_o_tile, held, input_precision=PRECISION) * q_scale[:, None]
         dq = tl.dot(read, k_tile, dq, input_precision=PRECISION)
         if GATED:
@@ -248,6 +262,7 @@ def right_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
+    PAIRS: tl.constexpr,
     GATED: tl.constexpr,
     PROJECT: tl.constexpr,
     HAS_LAST: tl.constexpr,
@@ -276,13 +291,13 @@ def right_kernel(
     strengths += head.to(tl.int64) * T
     sums += head.to(tl.int64) * T
     own += head.to(tl.int64) * T
+    selves += head.to(tl.int64) * T
     reading += head.to(tl.int64) * C
     erasing += head.to(tl.int64) * C
     left_products += (block.to(tl.int64) * HEADS + head) * T
     if PROJECT:
         norms += (HEADS // GROUP + head // GROUP).to(tl.int64) * T
         reads += head.to(tl.int64) * T
-        selves += head.to(tl.int64) * T
     if HAS_LAST:
         d_last += (n.to(tl.int64) * HEADS + head) * K * V
         d_state = load_tile(d_last, column, key * V, column < V, key < K)
@@ -298,20 +313,22 @@ def right_kernel(
         d_o_tile = load_tile(d_o + first * o_token, row * o_token, column, inside, column < V).to(u.dtype)
         q_tile = load_tile(q + first * q_token, row * q_token, key, inside, key < K)
         b = tl.load(strengths + at, mask=inside, other=0.0)
-        mine = tl.load(own + at, mask=inside, other=0.0)
-        if PROJECT:
-            norm = tl.load(norms + at, mask=inside, other=0.0)
-            along = 2.0 * tl.load(selves + at, mask=inside, other=0.0)
-            for part in tl.static_range(VALUE_BLOCKS):
-                along -= b * tl.load(reads + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
-        read = load_tile(reading + first * HEADS * C, row, row * HEADS * C, row < C, inside)  # its transpose
-        erase = load_tile(erasing + first * HEADS * C, row, row * HEADS * C, row < C, inside)
-        left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION)
+        if PAIRS:  # the transposes
+            read = load_tile(reading + first * HEADS * C, row, row * HEADS * C, row < C, inside)
+            erase = load_tile(erasing + first * HEADS * C, row, row * HEADS * C, row < C, inside)
         if GATED:
             G, total = running_sums(sums, begin, first, end, C, SUM_CHUNK)
+            decays = pair_decays_transposed(G, C, True, False)
             start = power(G)
+        else:
+            decays = pair_decays_transposed(b, C, False, False)
+        left = tl.dot(u, d_state.to(u.dtype), input_precision=PRECISION)
+        if GATED:
             left *= power(total - G)[:, None]
             d_state *= power(total)
+        if not PAIRS:
+            read = tl.dot(u, tl.trans(d_o_tile), input_precision=PRECISION)
+            read = (read * (scale * decays)).to(u.dtype)
         left = tl.dot(read, q_tile, left, input_precision=PRECISION)
         q_wide = q_tile.to(tl.float32)
         if GATED:
@@ -323,11 +340,17 @@ def right_kernel(
         x = load_tile(targets + first * HEADS * V, row * HEADS * V, column, inside, column < V)
         k_tile = load_tile(k + first * k_token, row * k_token, key, inside, key < K)
         k_wide = k_tile.to(tl.float32)
-        erased = (k_wide * (-b / erase_factor(b))[:, None]).to(u.dtype)  # -k but where the strength is near zero
-        left = tl.dot(erase, erased, left, input_precision=PRECISION)
+        if PAIRS:
+            k_tile = (k_wide * (-b / erase_factor(b))[:, None]).to(u.dtype)  # -k but where the strength is near zero
+            along = tl.load(selves + at, mask=inside, other=0.0)
+        else:
+            weights = tl.dot(u, tl.trans(x), input_precision=PRECISION)
+            along = diagonal(weights, C)
+            erase = (weights * (-b[None, :] * decays)).to(u.dtype)
+        left = tl.dot(erase, k_tile, left, input_precision=PRECISION)
         if GATED:
             tl.store(left_products + at, tl.sum(left * k_wide, axis=1), mask=inside)
-        left += mine[:, None] * q_wide
+        left += tl.load(own + at, mask=inside, other=0.0)[:, None] * q_wide
         if GATED:
             k_tile = (k_wide * (-b * start)[:, None]).to(u.dtype)
         else:
@@ -335,7 +358,10 @@ def right_kernel(
         d_state = tl.dot(tl.trans(x), k_tile, d_state, input_precision=PRECISION)
         left += load_tile(d_k + first * HEADS * K, row * HEADS * K, key, inside, key < K).to(tl.float32)
         if PROJECT:
-            left = (left - along[:, None] * k_wide) * norm[:, None]
+            along *= 2.0
+            for part in tl.static_range(VALUE_BLOCKS):
+                along -= b * tl.load(reads + tl.full([], part, tl.int64) * HEADS * T + at, mask=inside, other=0.0)
+            left = (left - along[:, None] * k_wide) * tl.load(norms + at, mask=inside, other=0.0)[:, None]
         store_tile(d_k + first * HEADS * K, left, row * HEADS * K, key, inside, key < K)
 
 

@@ -36,8 +36,12 @@ def config(kernel: str, K: int, V: int, dtype: torch.dtype, device: torch.device
         # one stage with 32 columns is miscompiled for Hopper by Triton 3.6: shared memory is read out of bounds
         default = Launch(64, min(V_wide, 64 if K_wide <= 128 else 32), 4, 2)
     else:  # a tile of all value columns has to fit
-        chunk = 64 if V_wide <= 256 else 32
+        chunk = 64 if V_wide <= 128 else 32 if V_wide <= 256 else 16
         default = Launch(chunk, min(K_wide, max(16, 8192 // V_wide), 64), 4, 2 if V_wide <= 128 else 1)
+        if (
+            V_wide == 256 and K_wide >= 64
+        ):  # twice the warps hold twice the state, and chunks of 64 feed Hopper's products
+            default = Launch(64, 64, 8, 1)
     found = launch_shape(kernel, K, V, dtype, device, default)
     if kernel == f"{family}_forward":
         return found

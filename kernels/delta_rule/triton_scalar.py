@@ -29,6 +29,7 @@ from latentcot.kernels.delta_rule.triton_states import forward_kernel, reverse_k
 from latentcot.kernels.launch import power_of_two
 
 EPS = 1e-6  # of the L2 norm, inside the root
+FEW_BLOCKS = 2  # blocks of key channels that each form the weights between tokens on their own
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 # Triton's launch options (num_warps and so on) are not parameters of the kernels.
@@ -150,28 +151,30 @@ def backward(
     key_blocks = triton.cdiv(K, left.block)
     d_q, d_k = new(B, S, Hv, K, dtype=q.dtype), new(B, S, Hv, K, dtype=k.dtype)
     products, (own, selves) = new(3, key_blocks, Hv, T), new(2, Hv, T)
-    reading, erasing = new(2, T, Hv, left.chunk, dtype=q.dtype)
-    _, bases, chunk_owners, chunks = pieces(q, cu_seqlens, left.chunk)
-    pair_kernel[(chunks * Hv,)](
-        sums, strengths, writes, targets, d_o, reading, erasing, own, selves, offsets, bases, chunk_owners, scale,
-        T, N, Hv, V, *strides(d_o),
-        C=left.chunk, SUM_CHUNK=shape.chunk, WIDTH=power_of_two(V), BLOCK=min(power_of_two(V), 64), GATED=gated,
-        PRECISION=PRECISION, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    pairs = key_blocks > FEW_BLOCKS
+    reading, erasing = new(2, T if pairs else 0, Hv, left.chunk, dtype=q.dtype)
+    if pairs:
+        _, bases, chunk_owners, chunks = pieces(q, cu_seqlens, left.chunk)
+        pair_kernel[(chunks * Hv,)](
+            sums, strengths, writes, targets, d_o, reading, erasing, own, selves, offsets, bases, chunk_owners, scale,
+            T, N, Hv, V, *strides(d_o),
+            C=left.chunk, SUM_CHUNK=shape.chunk, WIDTH=power_of_two(V), BLOCK=min(power_of_two(V), 64), GATED=gated,
+            PRECISION=PRECISION, num_warps=4, num_stages=1,
+        )  # fmt: skip
     grid = (key_blocks * Hv * N,)
     left_kernel[grid](
         q, k, sums, strengths, norms, answers, own, reading, erasing, initial, writes, targets, d_o, d_q, d_k,
         products[0], products[1], offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=left.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=left.block, VALUE_BLOCKS=value_blocks,
-        GATED=gated, PROJECT=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, **options(left, q.dtype),
+        PAIRS=pairs, GATED=gated, PROJECT=norms is not None, HAS_STATE=has_state, PRECISION=PRECISION, **options(left, q.dtype),
     )  # fmt: skip
     right_kernel[grid](
         q, k, sums, strengths, norms, reads, own, selves, reading, erasing, d_last, writes, targets, d_o, d_k, products[2],
         offsets, scale,
         T, Hv, K, V, *strides(q), *strides(k), *strides(d_o),
         C=right.chunk, SUM_CHUNK=shape.chunk, GROUP=m, WIDTH=power_of_two(V), BLOCK=right.block, VALUE_BLOCKS=value_blocks,
-        GATED=gated, PROJECT=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),
+        PAIRS=pairs, GATED=gated, PROJECT=norms is not None, HAS_LAST=has_last, PRECISION=PRECISION, **options(right, q.dtype),
     )  # fmt: skip
     d_beta = new(B, S, Hv, dtype=beta.dtype)
     d_decay = new(0) if log_decay is None else new(B, S, Hv, dtype=log_decay.dtype)

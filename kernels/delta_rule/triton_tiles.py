@@ -84,11 +84,14 @@ def diagonal(weights, C: tl.constexpr):
 
 
 @triton.jit
-def pair_decays_transposed(G, C: tl.constexpr, GATED: tl.constexpr):
+def pair_decays_transposed(G, C: tl.constexpr, GATED: tl.constexpr, OWN: tl.constexpr = True):
     """The transpose of :func:`pair_decays`, formed as such: row j, column i."""
     j = tl.arange(0, C)[:, None]
     i = tl.arange(0, C)[None, :]
-    seen = j <= i
+    if OWN:
+        seen = j <= i
+    else:
+        seen = j < i
     if GATED:
         decays = tl.exp2(tl.where(seen, (G[None, :] - G[:, None]).to(tl.float32), float("-inf")))
     else:
