@@ -71,7 +71,8 @@ class Tunable:
 KERNELS: dict[str, Tunable] = {
     "decay_forward": Tunable(("retnet", "simple_gate"), True, (16, 32, 64, 128), (16, 32, 64, 128)),
     "decay_overlap": Tunable(("simple_gate",), True, (16, 32, 64, 128), (16, 32, 64)),
-    "decay_pairs": Tunable(("gla", "hgrn2"), True, (16, 32, 64), (32, 64, 128)),
+    "decay_pairs": Tunable(("gla",), True, (16, 32, 64), (32, 64, 128)),
+    "hgrn2_pairs": Tunable(("hgrn2",), True, (32,), (16, 32, 64, 128), (1, 2, 4)),  # the chunk is that of decay_pairs
     "decay_values": Tunable(("gla", "hgrn2"), True, (0,), (16, 32, 64, 128)),
     "decay_gradients": Tunable(("gla", "hgrn2"), True, (0,), (16, 32, 64, 128)),
     "delta_forward": Tunable(("deltanet", "gated_deltanet"), True, (16, 32, 64), (16, 32, 64, 128)),

@@ -492,8 +492,9 @@ def prepare(
     ``gates [B,S,H,K]``, or None with ``bound [H,K]`` float32 for HGRN2, where k holds f.
     """
     B, S, H, K = q.shape
-    shape = launch_shape("decay_pairs", K, V, q.dtype, q.device, default_pairs(K, V, q.dtype))
-    C = shape.chunk
+    C = chunk_length(K, V, q.dtype, q.device)
+    kernel = "decay_pairs" if bound is None else "hgrn2_pairs"  # gates made on the way keep the units busy otherwise
+    shape = launch_shape(kernel, K, V, q.dtype, q.device, default_pairs(K, V, q.dtype))
     pairs = torch.empty(B, S, H, C, dtype=q.dtype, device=q.device)
     read, write = (torch.empty(B, S, H, K, dtype=q.dtype, device=q.device) for _ in range(2))
     totals = torch.empty(spans.shape[0], H, K, dtype=torch.float32, device=q.device)
