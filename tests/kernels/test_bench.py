@@ -322,7 +322,7 @@ def test_the_page_states_times_bars_ratios_and_what_is_missed():
         entry_of("retnet", 0.3, 1.2),
     ]
     page = bench_report.page([run_of(rows, left_out=[{"row": "hgrn", "reason": "no time"}])], TEMPLATE)
-    anchor = lines_with(page, "| `gla`")[0]
+    anchor = lines_with(page, "| `gla` | 0")[0]
     assert "| 0.700 | 0.7 | 4.00 | 4.0 | 0.800 / 3.30 | yes / 1.21 × | 1024 | 5 | 12.3 |" in anchor
     assert any(
         "| fla: chunk | 1.40 | 2.00 | 2.00 | 0.50 | 1024 | – | guard off |" in line for line in page.splitlines()
