@@ -70,6 +70,9 @@ def checked(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
 def build(name: str, settings: argparse.Namespace) -> HybridForCausalLM:
     """The stack of that name with random weights, in the dtype and on the device asked for."""
     changes: dict[str, Any] = {"eos_token_id": None}
+    for option in ("recompute_mlp", "loss_chunk"):  # of training
+        if getattr(settings, option, None):
+            changes[option] = getattr(settings, option)
     if settings.layers:
         changes["num_hidden_layers"] = settings.layers
         if preset(name).period and preset(name).period > settings.layers:

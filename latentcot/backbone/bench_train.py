@@ -30,6 +30,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_parser("bench_train", "Times of a training step.")
     parser.add_argument("--batch", type=positive, nargs="+", default=[4])
     parser.add_argument("--length", type=positive, nargs="+", default=[4096])
+    parser.add_argument("--recompute-mlp", action="store_true", help="keep nothing of an MLP but its input")
+    parser.add_argument("--loss-chunk", type=positive, help="positions whose logits exist at a time")
     parser.add_argument("--steps", type=positive, default=10, help="steps timed, after the first and one more")
     return checked(parser, arguments)
 

@@ -14,8 +14,10 @@ placement                one sub-layer                           used by
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.mixers import Mixer
@@ -47,6 +49,7 @@ class Block(nn.Module):
         mlp: the channel mixer, built already.
         norm_placement: see the table above.
         hidden_size, norm_eps, norm_affine: of the norms; ``norm_affine=False`` leaves their weights out.
+        recompute_mlp: keep only the input of the second half for backward and compute it again there.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class Block(nn.Module):
         norm_placement: NormPlacement = "pre",
         norm_eps: float = 1e-6,
         norm_affine: bool = True,
+        recompute_mlp: bool = False,
     ):
         super().__init__()
         if norm_placement not in NORM_PLACEMENTS:
             raise ValueError(f"norm_placement: {norm_placement!r} given, expected one of {', '.join(NORM_PLACEMENTS)}")
         self.norm_placement = norm_placement
+        self.recompute_mlp = recompute_mlp
         self.attn = mixer
         self.mlp = mlp
         self.attn_norm = RMSNorm(hidden_size, norm_eps, norm_affine)
@@ -77,8 +82,16 @@ class Block(nn.Module):
         before = hidden if self.norm_placement == "post" else self.attn_norm(hidden)
         mixed, state = self.attn(before, context, state)
         hidden = self._join(hidden, mixed, "attn")
+        if self.recompute_mlp and torch.is_grad_enabled():
+            # the MLP draws nothing at random, so no generator's state is kept
+            found = checkpoint(self._second_half, hidden, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(found, Tensor)
+            return found, state
+        return self._second_half(hidden), state
+
+    def _second_half(self, hidden: Tensor) -> Tensor:
         before = hidden if self.norm_placement == "post" else self.mlp_norm(hidden)
-        return self._join(hidden, self.mlp(before), "mlp"), state
+        return self._join(hidden, self.mlp(before), "mlp")
 
     def _join(self, hidden: Tensor, branch: Tensor, part: str) -> Tensor:
         match self.norm_placement:

@@ -40,6 +40,9 @@ class HybridConfig(PreTrainedConfig):
             own name in the same way.
         initializer_range: standard deviation of linear, embedding and head weights.
         tie_word_embeddings: head shares the embedding matrix.
+        recompute_mlp: training keeps nothing of an MLP but its input and computes it again in backward: about half the activations of a
+            block for its share of one more forward pass. Results are the same.
+        loss_chunk: in training with labels, positions whose logits exist at a time (see ``loss.py``); ``None`` = all.
 
     Raises:
         ValueError: on two patterns at once, an unknown mixer or option (close names are suggested), a pattern without the full layer
@@ -74,6 +77,8 @@ class HybridConfig(PreTrainedConfig):
         gated_deltanet: dict[str, Any] | None = None,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
+        recompute_mlp: bool = False,
+        loss_chunk: int | None = None,
         pad_token_id: int | None = None,
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
@@ -117,6 +122,10 @@ class HybridConfig(PreTrainedConfig):
             setattr(self, name, _complete(name, given.get(name)))
         _refuse_misspelt(kwargs, [*given, *self.__dict__])
         self.initializer_range = initializer_range
+        self.recompute_mlp = recompute_mlp
+        if loss_chunk is not None and (not isinstance(loss_chunk, int) or loss_chunk < 1):
+            raise ValueError(f"loss_chunk: {loss_chunk!r} given, expected a positive number of positions or None")
+        self.loss_chunk = loss_chunk
         self.use_cache = use_cache
         super().__init__(**kwargs)
         # Behind the base class, which has fields of these names with defaults of its own.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 from transformers.utils.generic import ModelOutput
@@ -23,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 from latentcot.backbone.block import Block, SwiGLU
 from latentcot.backbone.config import HybridConfig
 from latentcot.backbone.context import SequenceContext, Visibility
+from latentcot.backbone.loss import IGNORED, next_token_loss, next_token_targets, summed_cross_entropy
 from latentcot.backbone.mixers import Mixer, find_mixer, make_options
 from latentcot.backbone.mixers.base import LOWER_BOUNDS
 from latentcot.backbone.mixers.bounds import bounds_parameter, stacked_bounds
@@ -107,6 +107,7 @@ class HybridModel(HybridPreTrainedModel):
                 config.norm_placement,  # type: ignore[arg-type]
                 config.norm_eps,
                 config.norm_affine,
+                config.recompute_mlp,
             )
             for name in config.mixers
         )
@@ -272,6 +273,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     ) -> HybridOutput:
         """Logits of every position, and the next-token loss when ``labels`` are given.
 
+        In training with labels and ``config.loss_chunk``, logits are never held as a whole and come back as ``None``.
+
         Args:
             input_ids: ``[B, S]``; or ``inputs_embeds [B, S, D]``, used as they are.
             attention_mask: ``[B, S]`` or ``[B, T + S]``; 1 = real, 0 = padding, anywhere.
@@ -294,10 +297,18 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         hidden, state = self.model(
             input_ids, attention_mask, inputs_embeds, state, bool(use_cache), cu_seqlens, visibility
         )
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        loss = None
-        if labels is not None:
-            loss = next_token_loss(logits, labels, attention_mask, cu_seqlens)
+        loss = logits = None
+        if labels is not None and self.training and self.config.loss_chunk is not None:
+            if labels.shape != hidden.shape[:2]:
+                raise ValueError(f"labels: shape {list(labels.shape)} given, expected {list(hidden.shape[:2])}")
+            targets = next_token_targets(labels, attention_mask, cu_seqlens).flatten()
+            rows = hidden[:, :-1].flatten(0, 1)
+            loss = summed_cross_entropy(rows, targets, self.lm_head, self.config.loss_chunk)
+            loss = loss / (targets != IGNORED).sum()
+        else:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            if labels is not None:
+                loss = next_token_loss(logits, labels, attention_mask, cu_seqlens)
         return HybridOutput(loss=loss, logits=logits, last_hidden_state=hidden, **{CACHE_KEY: state})
 
     if TYPE_CHECKING:  # the library types `generate` by a protocol that ordinary models do not meet
@@ -356,30 +367,6 @@ _IGNORED_BY_FORWARD = {
     "cache_position",
 }
 """Arguments that ``generate`` and trainers pass to every model; positions are worked out from the mask and the state here."""
-
-
-def next_token_loss(
-    logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy of label i + 1 given position i, in nats.
-
-    Labels of -100, padded targets and the first token of each packed sequence (no target of the sequence before it) are left out.
-    Raises ``ValueError`` when nothing is left to score.
-    """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels: shape {list(labels.shape)} given, expected {list(logits.shape[:2])}")
-    targets = labels[:, 1:].clone()
-    if attention_mask is not None:
-        mask = attention_mask[:, -labels.shape[1] :].bool()
-        targets[~(mask[:, 1:] & mask[:, :-1])] = -100
-    if cu_seqlens is not None:
-        starts = cu_seqlens[1:-1].long()
-        starts = starts[(starts > 0) & (starts < labels.shape[1])]
-        targets[:, starts - 1] = -100
-    if not bool((targets != -100).any()):
-        raise ValueError("labels: no position is left to score (all are -100, padded, or first in their sequence)")
-    precise = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise.flatten(0, 1), targets.flatten())
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)

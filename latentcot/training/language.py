@@ -18,10 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentcot.backbone.loss import IGNORED, summed_cross_entropy
 from latentcot.reasoner import LossOutput, Reasoner, StepContext
 from latentcot.training.budget import FlopCounter
-
-IGNORED = -100  # label that no loss counts
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class LanguageModel(Reasoner):
 
     method = "language_model"
 
-    def logits_and_labels(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Logits ``[P, Vocab]`` (fp32 or better) and labels ``[P]`` of the scored positions; no other position meets the head."""
+    def hidden_and_labels(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Final hidden states ``[P, D]`` and labels ``[P]`` of the scored positions; no other position meets the head."""
         ids, labels = batch.ids, batch.labels
         if batch.resets is None:
             hidden, _ = self.backbone.model(ids)
@@ -79,12 +78,11 @@ class LanguageModel(Reasoner):
             hidden, _ = self.backbone.model(ids.reshape(1, -1), cu_seqlens=offsets(batch.resets))
             labels = labels.reshape(1, -1)
         scored = labels != IGNORED
-        logits = self.backbone.lm_head(hidden[scored])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[scored]
+        return hidden[scored], labels[scored]
 
     def loss(self, batch: TokenBatch, ctx: StepContext, carry: object = None) -> LossOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, labels = self.logits_and_labels(batch)
-        total = F.cross_entropy(logits, labels, reduction="sum")
+        hidden, labels = self.hidden_and_labels(batch)
+        total = summed_cross_entropy(hidden, labels, self.backbone.lm_head, self.backbone.config.loss_chunk)
         count = torch.tensor(float(labels.numel()), device=total.device)
         if ctx.world_size > 1:
             dist.all_reduce(count)
@@ -107,6 +105,8 @@ def offsets(resets: Tensor) -> Tensor:
 @torch.no_grad()
 def scores(model: LanguageModel, batch: TokenBatch) -> tuple[float, int, int]:
     """``(sum of nats, labels predicted by the largest logit, labels)`` of one batch, for validation."""
-    logits, labels = model.logits_and_labels(batch)
+    hidden, labels = model.hidden_and_labels(batch)
+    logits = model.backbone.lm_head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, reduction="sum")
     return float(total.double()), int((logits.argmax(-1) == labels).sum()), labels.numel()
