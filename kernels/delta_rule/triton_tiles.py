@@ -5,6 +5,9 @@ beginning, so a chunk never holds tokens of two sequences; rows past the end of 
 are neutral (k = 0, beta = 0) and are never stored.
 """
 
+# Inside a kernel Python's types do not hold: constants become constexpr.
+# pyright: reportArgumentType=false
+
 import triton
 import triton.language as tl
 
