@@ -137,10 +137,10 @@ class DecodeEngine:
             )
         lengths = state.lengths.tolist()
         self._check_length(max(lengths))
+        entries = [state.read((number, 0)) for number in range(len(self.blocks))]  # raises before anything is written
         order = torch.argsort((~state.valid).to(torch.uint8), dim=1, stable=True)[:, : max(lengths)]
         index = torch.tensor(rows, device=self.device)
-        for number, block in enumerate(self.blocks):
-            entry = state.read((number, 0))
+        for block, entry in zip(self.blocks, entries, strict=True):
             assert entry is not None
             block.mixer.write(index, entry, state.lengths, order)
         self.clock.position[index] = state.lengths
@@ -154,14 +154,23 @@ class DecodeEngine:
 
     @torch.no_grad()
     def state(self) -> ModelState:
-        """What all rows hold, as a :class:`ModelState` of their own (copies). A token handed out last is not read into it yet."""
+        """What all rows hold, as a :class:`ModelState` of their own (copies); rows that do not run are as before their first token.
+
+        A token handed out last is not read into it yet.
+        """
         lengths, longest = self.clock.position.clone(), max(self._held)
         entries = {(i, 0): block.mixer.read(lengths, longest) for i, block in enumerate(self.blocks)}
         valid = torch.arange(longest, device=self.device) < lengths[:, None]
-        return ModelState(self.model.config.fingerprint, entries, lengths, valid)
+        state = ModelState(self.model.config.fingerprint, entries, lengths, valid)
+        return state.reset([row for row, active in enumerate(self._active) if not active])
 
     def stop(self, rows: Sequence[int]) -> None:
-        """These rows no longer move on: what they compute from now on is of no meaning, until :meth:`load` gives them a state."""
+        """These rows no longer move on: what they compute from now on is of no meaning, until :meth:`load` gives them a state.
+
+        Raises ``ValueError`` for a row that is not there; none is stopped then.
+        """
+        if outside := [row for row in rows if not 0 <= row < self.batch]:
+            raise ValueError(f"rows: {outside} given, expected rows within 0..{self.batch - 1}")
         for row in rows:
             self._active[row], self._held[row] = False, 0
         index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
@@ -206,13 +215,14 @@ class DecodeEngine:
 
         With ``eos_token_id`` a row is padded behind its end, and the result ends where the last row did.
         """
-        if count < 0:
-            raise ValueError(f"count: expected at least 0 tokens, got {count}")
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"count: expected an integer of at least 0, got {count!r}")
         self._check_length(max(self._held) + count - self._first)
         ids = torch.empty(self.batch, count, dtype=torch.long, device=self.device)
         done = count
         for i in range(count):
-            ids[:, i] = self.token if i == 0 and self._first else self.step()
+            ids[:, i] = self.token if self._first else self.step()
+            self._first = False  # handed out: it comes once, however few tokens a call asks for
             if (
                 eos_token_id is not None
                 and (i + 1) % CHECK_EVERY == 0

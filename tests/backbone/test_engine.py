@@ -129,6 +129,8 @@ def test_generate_of_transformers_gives_the_same_tokens(stack):
     engine.prefill(ids * MASKS["left"], MASKS["left"])
     expected = model.generate(ids * MASKS["left"], attention_mask=MASKS["left"], max_new_tokens=20, do_sample=False)
     assert torch.equal(torch.cat([engine.generate(5), engine.generate(15)], 1), expected[:, 9:])
+    engine.prefill(ids * MASKS["left"], MASKS["left"])
+    assert torch.equal(torch.cat([engine.generate(n) for n in (1, 0, 1, 3)], 1), expected[:, 9:14])
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -178,6 +180,9 @@ def test_a_row_can_be_replaced_while_the_others_go_on():
         for row, token in zip(rows, engine.step().tolist(), strict=True):
             row.append(token)
     engine.stop([1])
+    held = engine.state()
+    assert held.lengths.tolist() == [13, 0]
+    assert all(not tensor[1].any() for entry in held.entries.values() for tensor in entry.tensors.values())
     output = model(ids[2:], use_cache=True)
     rows[1] = engine.load(output.state, output.logits[:, -1], rows=[1]).tolist()
     for _ in range(5):
@@ -256,6 +261,15 @@ def test_bad_calls_are_named_and_change_nothing():
     for rows, logits in (([0], output.logits[:, -1]), ([0, 2], output.logits[:, -1]), ([0, 1], output.logits[:1, -1])):
         with pytest.raises(ValueError, match="rows"):
             engine.load(output.state, logits, rows=rows)
+    partial = ModelState(
+        output.state.fingerprint, {(0, 0): output.state.entries[0, 0]}, output.state.lengths, output.state.valid
+    )
+    with pytest.raises(ValueError, match=r"nothing is stored for .* \(1, 0\)"):
+        engine.load(partial.map(lambda tensor: tensor * 0), output.logits[:, -1])
+    with pytest.raises(ValueError, match=r"\[2\] given"):
+        engine.stop([0, 2])
+    with pytest.raises(ValueError, match="count"):
+        engine.generate(1.5)
     after = engine.state()
     for place, entry in before.entries.items():
         assert all(torch.equal(tensor, after.entries[place][name]) for name, tensor in entry.tensors.items())
