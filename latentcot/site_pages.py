@@ -12,12 +12,17 @@ from latentcot.site_notebooks import RenderedNotebook
 API_PACKAGES = (
     "latentcot.kernels",
     "latentcot.backbone",
+    "latentcot.backbone.mixers",
     "latentcot.reasoner",
     "latentcot.recurrent_depth",
     "latentcot.recurrent_depth.latent_thoughts",
     "latentcot.diffusion_reasoning",
     "latentcot.tasks",
     "latentcot.training",
+    "latentcot.training.language",
+    "latentcot.training.packing",
+    "latentcot.training.recipe",
+    "latentcot.evaluation",
     "latentcot.compare",
     "latentcot.catalog",
 )

@@ -46,8 +46,10 @@ class DepthRecurrence(DepthLoop):
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
         """Next-token loss on answer and ``<eos>``. ``parts`` also says how many recurrences were drawn."""
         row = training_rows(batch)
-        r = self.sampler.at_step(ctx.step)
-        output = self.recur(row.ids, r, attention_mask=row.mask, generator=ctx.generator, window=self.window)
+        progress = ctx.step / max(1, ctx.total_steps)
+        r = self.sampler.at_step(ctx.step, progress=progress)
+        window = self.window.at_progress(progress)
+        output = self.recur(row.ids, r, attention_mask=row.mask, generator=ctx.generator, window=window)
         loss = label_loss(output.logits, row.labels)
         lengths = row.mask.sum(1).double()
         flops = self.flops(lengths, recurrences=r, head=lengths)  # type: ignore[arg-type]

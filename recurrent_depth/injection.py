@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentcot.recurrent_depth.settings import check_choice
 
-KINDS = ("linear", "add", "gate", "none")
+KINDS = ("linear", "add", "gate", "ffn", "none")
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Injection:
     linear  :math:`A\,[s; e]`                                    :math:`2D^2`
     add     :math:`s + e`                                        none
     gate    :math:`g s + (1 - g) e,\ g = \sigma(A\,[s; e])`      :math:`2D^2`
+    ffn     :math:`B\,\mathrm{silu}(A\,[s; e])`                   :math:`4D^2 + 2D^2`
     none    :math:`s`                                            none
     ======= ==================================================== ==============
 
-    ``gate`` is our reading of a name that the released code lists. ``none`` shows the core its input only through an
+    ``gate`` and ``ffn`` are our readings of names alone: no equation is published for them. ``none`` shows the core its input only through an
     initial state of kind ``embedding``.
     """
 
@@ -43,16 +44,19 @@ class Injection:
 
 
 class Adapter(nn.Module):
-    """The join as a module: ``state [B, S, D]``, ``embedded [B, S, D]`` to ``[B, S, D]``. The matrix starts as a normal
+    """The join as a module: ``state [B, S, D]``, ``embedded [B, S, D]`` to ``[B, S, D]``. Matrices start as a normal
     of variance 2 / (5 D), cut at ±3 standard deviations (the initialisation of every linear map in Huginn)."""
 
     def __init__(self, kind: str, width: int):
         super().__init__()
         self.kind = kind
-        if kind in ("linear", "gate"):
-            self.weight = nn.Parameter(torch.empty(width, 2 * width))
-            std = math.sqrt(2 / (5 * width))
-            nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std)
+        if kind in ("linear", "gate", "ffn"):
+            self.weight = nn.Parameter(torch.empty((2 if kind == "ffn" else 1) * width, 2 * width))
+        if kind == "ffn":
+            self.output = nn.Parameter(torch.empty(width, 2 * width))
+        std = math.sqrt(2 / (5 * width))
+        for weight in self.parameters():
+            nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
 
     def forward(self, state: Tensor, embedded: Tensor) -> Tensor:
         if self.kind == "none":
@@ -62,12 +66,14 @@ class Adapter(nn.Module):
         joined = nn.functional.linear(torch.cat([state, embedded], -1), self.weight)
         if self.kind == "linear":
             return joined
+        if self.kind == "ffn":
+            return nn.functional.linear(nn.functional.silu(joined), self.output)
         gate = joined.sigmoid()  # under autocast of another dtype than state and input, which lerp would refuse
         return gate * state + (1 - gate) * embedded
 
     @property
     def flops_per_token(self) -> float:
-        return 2.0 * self.weight.numel() if self.kind in ("linear", "gate") else 0.0
+        return 2.0 * sum(weight.numel() for weight in self.parameters())
 
     def extra_repr(self) -> str:
         return self.kind

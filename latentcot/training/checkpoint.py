@@ -20,13 +20,15 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser steps done, examples seen, training FLOPs, seconds spent, and the logged losses."""
+    """Where a run stands: optimiser steps done, examples seen, training FLOPs, seconds spent, the logged losses, and how many of the
+    steps were passed over because gradients were not finite."""
 
     step: int = 0
     examples: int = 0
     flops: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    skipped: int = 0
 
 
 def save_checkpoint(

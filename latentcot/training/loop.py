@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,7 +89,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a finished run used: steps, examples, training FLOPs, seconds in the loop, parameters, and the loss history."""
+    """What a finished run used: steps, examples, training FLOPs, seconds in the loop, parameters, the loss history, and how many of
+    the steps moved nothing because gradients were not finite."""
 
     steps: int
     examples: int
@@ -97,6 +98,7 @@ class TrainReport:
     seconds: float
     parameters: int
     history: list[dict[str, float]]
+    skipped: int = 0
 
 
 Watcher = Callable[[int, int, float, str], None]
@@ -109,16 +111,21 @@ def train(
     config: TrainConfig,
     folder: Path | None = None,
     watch: Watcher | None = None,
+    skip_nonfinite: bool = False,
 ) -> TrainReport:
     """Train in place; go on from ``folder/checkpoint.safetensors`` when it is there.
 
     Args:
         folder: where checkpoints go; ``None`` = nothing is saved.
         watch: sees every step; :func:`~latentcot.training.progress_bar` makes one that shows it.
+        skip_nonfinite: a step whose gradients have no finite norm moves neither weights nor moments, is counted in
+            ``TrainReport.skipped``, and the run goes on (the hybrid study's recipe). By default it stops the run. In several processes
+            gradients are averaged first, so all skip or none.
 
     Raises:
         ValueError: a damaged checkpoint, one of another configuration, or a folder for a method whose carry it can not hold.
-        FloatingPointError: the loss is not finite (step and phase named).
+        FloatingPointError: the loss is not finite, or gradients are not and ``skip_nonfinite`` is off (step and phase named). The
+            weights are those of the step before.
     """
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps the first precision of a process for good; a notebook may ask for two
@@ -131,7 +138,7 @@ def train(
         _parameter_groups(reasoner, config.weight_decay), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )
     model, optimizer = accelerator.prepare(reasoner, optimizer)
-    run = _run_name(reasoner, data, config)
+    run = _run_name(reasoner, data, config, skip_nonfinite)
     path = None if folder is None else folder / "checkpoint.safetensors"
     progress, average = Progress(), None
     if path is not None and path.is_file():
@@ -172,9 +179,20 @@ def train(
                 raise FloatingPointError(f"loss is {value} at step {step} (phase {phase.name!r}) of {reasoner.method}")
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(output.loss)
-            if config.grad_clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
+            # without a bound every gradient is multiplied by exactly 1
+            norm = accelerator.clip_grad_norm_(
+                model.parameters(), inf if config.grad_clip is None else config.grad_clip
+            )
+            assert norm is not None  # it is for the back ends that clip by themselves, which are not used here
+            if isfinite(float(norm)):
+                optimizer.step()
+            elif skip_nonfinite:
+                progress.skipped += 1
+            else:
+                raise FloatingPointError(
+                    f"gradients have the norm {float(norm)} at step {step} (phase {phase.name!r}) of {reasoner.method}; "
+                    "skip_nonfinite=True passes over such steps"
+                )
             carry = output.carry
             if carry is not None and path is not None:
                 raise ValueError(
@@ -204,7 +222,13 @@ def train(
         accelerator.unwrap_model(model).load_state_dict(average, strict=False)
     model.eval()
     return TrainReport(
-        progress.step, progress.examples, progress.flops, progress.seconds, count_parameters(reasoner), progress.history
+        progress.step,
+        progress.examples,
+        progress.flops,
+        progress.seconds,
+        count_parameters(reasoner),
+        progress.history,
+        progress.skipped,
     )
 
 
@@ -258,7 +282,7 @@ def _moved_average(average: dict[str, Tensor] | None, model: torch.nn.Module, de
     return {k: average[k].to(v.device).lerp(v, 1 - decay) for k, v in current.items()}
 
 
-def _run_name(reasoner: Reasoner, data: BatchSource, config: TrainConfig) -> str:
+def _run_name(reasoner: Reasoner, data: BatchSource, config: TrainConfig, skip_nonfinite: bool) -> str:
     """Hash of everything that decides a run; a checkpoint is refused when it differs. How often is saved or logged does not."""
     identity = {
         "method": reasoner.method,
@@ -266,5 +290,6 @@ def _run_name(reasoner: Reasoner, data: BatchSource, config: TrainConfig) -> str
         "backbone": reasoner.backbone.config.to_diff_dict(),
         "data": data.describe(),
         "train": {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every")},
+        **({"skip_nonfinite": True} if skip_nonfinite else {}),  # checkpoints from before the switch go on
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -15,8 +15,11 @@ warm-up steps       1024          1024          framework default
 final rate          0.1           0.1           framework default
 weight decay, eps   0.1, 1e-15    the same      framework default
 gradient clip       1.0           1.0           framework default
+non-finite gradient step skipped  the same      framework default
 betas               (0.9, 0.95)   the same      public report
 =================== ============= ============= ==========================================
+
+A recipe is run by ``train(model, data, recipe.train, folder, skip_nonfinite=recipe.skip_nonfinite)``.
 """
 
 from dataclasses import dataclass, replace
@@ -34,12 +37,14 @@ class Recipe:
         batch_tokens: about so many a step; whole sequences are taken.
         length: tokens a sequence.
         train: the loop's values; ``steps`` follows from the rest.
+        skip_nonfinite: see :func:`~latentcot.training.train`.
     """
 
     tokens: int
     batch_tokens: int
     length: int
     train: TrainConfig
+    skip_nonfinite: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_tokens", "length"):
@@ -86,6 +91,7 @@ def recipe(
     batch_tokens: int | None = None,
     length: int | None = None,
     warmup_steps: int | None = None,
+    skip_nonfinite: bool = True,
     **train: Any,
 ) -> Recipe:
     """A published recipe, or a scaled variant: what is given replaces what the paper has.
@@ -94,6 +100,7 @@ def recipe(
         name: ``340M`` or ``1.3B``.
         tokens, batch_tokens, length: sizes; steps follow.
         warmup_steps: default 1024, or a tenth of the steps where that is less.
+        skip_nonfinite: pass over steps whose gradients are not finite.
         train: other fields of :class:`TrainConfig` (``learning_rate``, ``seed``, ``mixed_precision``, ...).
 
     Raises:
@@ -113,4 +120,5 @@ def recipe(
         **train,
     )
     default = min(1024, scaled.train.steps // 10)
-    return replace(scaled, train=replace(scaled.train, warmup_steps=default if warmup_steps is None else warmup_steps))
+    warmup = default if warmup_steps is None else warmup_steps
+    return replace(scaled, train=replace(scaled.train, warmup_steps=warmup), skip_nonfinite=skip_nonfinite)

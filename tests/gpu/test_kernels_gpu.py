@@ -8,7 +8,8 @@ as chance has it.
 
 # Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
 # pyright: reportArgumentType=false, reportCallIssue=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportOperatorIssue=false
 
 import os
 import subprocess

@@ -12,10 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+BACKBONE_PAGE = (ROOT / "docs" / "hybrid-backbone.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
-    "code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda c: c.splitlines()[-1][:40]
+    "code", re.findall(r"```python\n(.*?)```", README + BACKBONE_PAGE, re.DOTALL), ids=lambda c: c.splitlines()[-1][:40]
 )
-def test_examples_of_the_readme_run(code):
+def test_examples_of_the_readme_and_the_backbone_page_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
 
 

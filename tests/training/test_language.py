@@ -212,7 +212,10 @@ def test_the_recipes_are_the_papers():
         assert (each.learning_rate, each.warmup_steps, each.final_rate, each.eps) == (3e-4, 1024, 0.1, 1e-15)
         assert (each.weight_decay, each.grad_clip, each.betas, each.seed) == (0.1, 1.0, (0.9, 0.95), 42)
         assert each.mixed_precision == "bf16"
+    assert small.skip_nonfinite
+    assert large.skip_nonfinite
     assert recipe("340M") == small
+    assert not recipe("340M", skip_nonfinite=False).skip_nonfinite
 
 
 def test_a_scaled_recipe_counts_its_own_steps():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -172,6 +173,44 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
     with pytest.raises(FloatingPointError, match="step 3"):
         train(make(Broken), Data(), CONFIG)
+
+
+class Exploding(Direct):
+    """A finite loss whose gradient at steps 3 and 4 is not: the root's derivative at zero."""
+
+    method = "exploding"
+
+    def loss(self, batch, ctx, carry=None):
+        output = super().loss(batch, ctx)
+        if ctx.step in (3, 4):
+            return replace(output, loss=output.loss + (0 * output.loss).sqrt())
+        return output
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+def test_gradients_that_are_not_finite_stop_the_run_with_the_weights_of_the_step_before(grad_clip):
+    config, model, seen = replace(CONFIG, grad_clip=grad_clip), make(Exploding), []
+    with pytest.raises(FloatingPointError, match=r"gradients .* step 3 .* skip_nonfinite"):
+        train(model, Data(), config, watch=lambda *_: seen.append(weights(model)))
+    assert len(seen) == 3
+    assert all(torch.equal(tensor, seen[-1][name]) for name, tensor in weights(model).items())
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, None])
+def test_skipped_steps_move_nothing_and_are_counted_over_a_resume(tmp_path, grad_clip):
+    config, model, seen = replace(CONFIG, grad_clip=grad_clip, checkpoint_every=4), make(Exploding), []
+    report = train(model, Data(), config, watch=lambda *_: seen.append(weights(model)), skip_nonfinite=True)
+    assert report.skipped == 2
+    moved = [not torch.equal(a["backbone.lm_head.weight"], b["backbone.lm_head.weight"]) for a, b in pairwise(seen)]
+    assert moved == [True, True, False, False] + [True] * 7
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+    with pytest.raises(KeyboardInterrupt):  # killed between the two
+        train(make(Exploding), Data(fail_at=4), config, tmp_path, skip_nonfinite=True)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(make(Exploding), Data(), config, tmp_path)
+    resumed = make(Exploding)
+    assert train(resumed, Data(), config, tmp_path, skip_nonfinite=True).skipped == 2
+    assert all(torch.equal(tensor, weights(model)[name]) for name, tensor in weights(resumed).items())
 
 
 def test_borders_follow_the_shares():
