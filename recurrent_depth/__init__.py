@@ -8,6 +8,15 @@ thoughts (Coconut) live in :mod:`latentcot.recurrent_depth.latent_thoughts`.
 from latentcot.recurrent_depth.depth_recurrence import DepthRecurrence
 from latentcot.recurrent_depth.exit_rule import ExitRule
 from latentcot.recurrent_depth.gradient_window import GradientWindow
+from latentcot.recurrent_depth.huginn import (
+    HUGINN_STOP,
+    HUGINN_TOKENS,
+    HuginnShape,
+    build_huginn,
+    huginn_chat,
+    init_huginn,
+)
+from latentcot.recurrent_depth.huginn_checkpoint import export_huginn, load_huginn
 from latentcot.recurrent_depth.initial_state import InitialState
 from latentcot.recurrent_depth.injection import Adapter, Injection
 from latentcot.recurrent_depth.loop import DepthLoop, LoopOutput
@@ -16,16 +25,24 @@ from latentcot.recurrent_depth.readout import Readout
 from latentcot.recurrent_depth.step_sampler import StepSampler
 
 __all__ = [
+    "HUGINN_STOP",
+    "HUGINN_TOKENS",
     "Adapter",
     "DepthLoop",
     "DepthRecurrence",
     "ExitRule",
     "GradientWindow",
+    "HuginnShape",
     "InitialState",
     "Injection",
     "LoopOutput",
     "Readout",
     "StepSampler",
+    "build_huginn",
+    "export_huginn",
+    "huginn_chat",
+    "init_huginn",
+    "load_huginn",
     "relative_residual",
     "state_rms",
     "token_correlation",

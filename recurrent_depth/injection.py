@@ -30,8 +30,8 @@ class Injection:
     none    :math:`s`                                            none
     ======= ==================================================== ==============
 
-    ``gate`` and ``ffn`` are our readings of names alone: no equation is published for them. ``none`` shows the core its input only through an
-    initial state of kind ``embedding``.
+    ``gate`` and ``ffn`` are our readings of names alone: no equation is published for them. ``none`` shows the core its
+    input only through an initial state of kind ``embedding``.
     """
 
     kind: str = "linear"

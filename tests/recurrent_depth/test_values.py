@@ -17,6 +17,7 @@ from latentcot.recurrent_depth import (
     token_correlation,
 )
 from latentcot.recurrent_depth.exit_rule import DECODED, THRESHOLDS
+from latentcot.recurrent_depth.step_sampler import ramp
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -118,6 +119,33 @@ def test_add_gate_and_none():
     with torch.no_grad():
         gate.weight.zero_()
     torch.testing.assert_close(gate(s, e), (s + e) / 2)
+
+
+def test_ffn_injection_is_two_maps_with_silu_between():
+    adapter = Injection("ffn").build(4)
+    s, e = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    inner = torch.cat([s, e], -1) @ adapter.weight.T
+    torch.testing.assert_close(adapter(s, e), (inner * inner.sigmoid()) @ adapter.output.T)
+    assert adapter.flops_per_token == 2 * (8 * 8 + 4 * 8)
+    assert [Injection(kind).build(4).flops_per_token for kind in ("linear", "add")] == [2 * 4 * 8, 0]
+
+
+# -- curricula -----------------------------------------------------------------------------------------------------
+
+
+def test_ramps_rise_from_one_to_the_mean():
+    linear = StepSampler("fixed", 9, ramp="linear", ramp_share=0.5)
+    assert [linear.at_progress(p).mean for p in (0, 0.25, 0.5, 1)] == [1, 5, 9, 9]
+    assert [linear.at_step(3, progress=p) for p in (0, 0.25, 1)] == [1, 5, 9]
+    assert ramp("one_minus_sqrt", 0.75) == 0.5
+    assert [ramp(kind, p) for kind in ("linear", "one_minus_sqrt") for p in (-1, 0, 1, 2)] == [0, 0, 1, 1] * 2
+    drawn = StepSampler(mean=32, ramp="one_minus_sqrt").at_progress(0.375)
+    assert (drawn.ramp, drawn.mean) == ("none", pytest.approx(1 + 31 * (1 - math.sqrt(0.5))))
+    plain = StepSampler(mean=32)
+    assert plain.at_progress(0.1) is plain
+    assert StepSampler(mean=32, ramp="linear").at_step(7) == plain.at_step(7)  # without a progress: the end
+    assert GradientWindow(8, "linear", 1.0).at_progress(0.5).split(20) == (16, 4)
+    assert GradientWindow(8, "linear").at_progress(0).last == 1
 
 
 # -- gradient window -----------------------------------------------------------------------------------------------
@@ -224,6 +252,9 @@ def test_monitors():
         (lambda: InitialState(variance=0.0), "variance"),
         (lambda: Injection("concat"), "injection"),
         (lambda: GradientWindow(-1), "gradient_window"),
+        (lambda: GradientWindow(None, "linear"), "ramp"),
+        (lambda: StepSampler(ramp="linar"), "linear"),
+        (lambda: StepSampler(ramp_share=0), "ramp_share"),
         (lambda: Readout("inside"), "loop_norm"),
         (lambda: relative_residual(torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)), r"\[1, 2, 3\]"),
         (lambda: state_rms(torch.zeros(1, 2, 3), torch.ones(1, 3)), r"\[1, 3\]"),
