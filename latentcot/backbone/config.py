@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from latentcot.backbone.block import NORM_PLACEMENTS
 from latentcot.backbone.mixers import MIXERS, make_options
+from latentcot.backbone.mixers.base import is_count, is_positive
 from latentcot.backbone.patterns import expand_pattern
 
 
@@ -89,9 +90,13 @@ class HybridConfig(PreTrainedConfig):
             ("vocab_size", vocab_size),
             ("hidden_size", hidden_size),
             ("num_hidden_layers", num_hidden_layers),
+            ("intermediate_size", 1 if intermediate_size is None else intermediate_size),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name, value in (("hidden_ratio", hidden_ratio), ("norm_eps", norm_eps)):
+            if not is_positive(value):
+                raise ValueError(f"{name}: expected a number above zero, got {value!r}")
         if norm_placement not in NORM_PLACEMENTS:
             raise ValueError(f"norm_placement: {norm_placement!r} given, expected one of {', '.join(NORM_PLACEMENTS)}")
         self.vocab_size = vocab_size
@@ -100,8 +105,8 @@ class HybridConfig(PreTrainedConfig):
         self.mixer = mixer
         self.period = period
         self.linear_per_full = linear_per_full
-        self.attention_layers = None if attention_layers is None else list(attention_layers)
         self.mixers = expand_pattern(num_hidden_layers, mixer, period, linear_per_full, attention_layers, mixers)
+        self.attention_layers = None if attention_layers is None else list(attention_layers)
         self.hidden_ratio = hidden_ratio
         self.intermediate_size = intermediate_size or mlp_width(hidden_size, hidden_ratio)
         self.norm_placement = norm_placement

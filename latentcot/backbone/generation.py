@@ -38,8 +38,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: expected 0 (greedy) or above, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k: expected an integer of at least 1, got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected within (0, 1], got {self.top_p}")
 
@@ -124,8 +124,8 @@ def prefill(
     Returns:
         the logits behind the last token of every row, ``[B, Vocab]``, and the state.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"prefill_chunk: expected at least 1 token, got {chunk}")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"prefill_chunk: expected an integer of at least 1 token, got {chunk!r}")
     ids, mask = left_padded(input_ids, attention_mask)
     state, logits = model.new_state() if state is None else state, None
     for begin in range(0, ids.shape[1], chunk or ids.shape[1]):

@@ -288,6 +288,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         unknown = {k: v for k, v in unknown.items() if v is not None and k not in _IGNORED_BY_FORWARD}
         if unknown:
             raise TypeError(f"forward: unknown argument(s) {sorted(unknown)}")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: expected a number of positions, or 0 for all, got {logits_to_keep!r}")
         given = [s for s in (state, cache, past_key_values) if s is not None]
         if len(given) > 1:
             raise ValueError("state: give it once, as state, cache or past_key_values")

@@ -17,7 +17,7 @@ exact layers of a released model stand in its own configuration.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 from latentcot.backbone.mixers import find_mixer
@@ -71,7 +71,7 @@ def expand_pattern(
     elif linear_per_full is not None:
         full = _every("linear_per_full", linear_per_full, linear_per_full + 1, layers, smallest=0)
     else:
-        full = _listed(attention_layers or [], layers)
+        full = _listed([] if attention_layers is None else attention_layers, layers)
     expanded = [FULL if i in full else mixer for i in range(layers)]
     if written is not None and written != expanded:
         raise PatternError(
@@ -114,6 +114,8 @@ def describe_pattern(mixers: Sequence[str]) -> str:
 def _written(mixers: str | Sequence[str], layers: int) -> list[str]:
     if isinstance(mixers, str):
         return parse_pattern(mixers, layers)
+    if not isinstance(mixers, Collection):
+        raise PatternError(f"mixers: a pattern or a list of names is needed, got {mixers!r}")
     for name in mixers:
         find_mixer(name)
     if len(mixers) != layers:
@@ -134,6 +136,8 @@ def _every(name: str, value: int, every: int, layers: int, smallest: int) -> set
 
 
 def _listed(attention_layers: Sequence[int], layers: int) -> set[int]:
+    if not isinstance(attention_layers, Collection):
+        raise PatternError(f"attention_layers: a list of integers is needed, got {attention_layers!r}")
     if wrong := [i for i in attention_layers if not _is_index(i)]:
         raise PatternError(f"attention_layers: integers are needed, got {wrong}")
     if outside := sorted(i for i in attention_layers if not 0 <= i < layers):

@@ -178,6 +178,7 @@ def test_top_k_and_top_p_leave_the_likely_tokens():
     [
         ({"temperature": -1}, "temperature"),
         ({"top_k": 0}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
     ],

@@ -200,6 +200,13 @@ def test_generate_by_beams_without_cache_and_with_a_chunked_prefill_agree():
         ({"gated_deltanet": {"heads": 2}}, "unknown option"),
         ({"norm_placement": "middle"}, "norm_placement"),
         ({"hidden_size": 0}, "hidden_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"intermediate_size": -3}, "intermediate_size"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"hidden_ratio": 0}, "hidden_ratio"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+        ({"mixer": None}, "unknown name None"),
+        ({"mixer": ["gla"]}, "unknown name"),
     ],
 )
 def test_impossible_configurations_are_named(changes, message):
@@ -233,6 +240,7 @@ def test_patterns_by_period_and_by_linear_layers_per_full_one():
         ({"input_ids": tokens(), "visibility": BlockCausal(4)}, "BlockCausal"),
         ({"input_ids": tokens(), "labels": torch.full((3, 12), -100)}, "no position is left"),
         ({"input_ids": tokens(), "labels": torch.ones(3, 11, dtype=torch.long)}, "labels"),
+        ({"input_ids": tokens(), "logits_to_keep": -1}, "logits_to_keep"),
         ({}, "exactly one"),
     ],
     ids=lambda v: "" if isinstance(v, str) else "-".join(v) or "nothing",

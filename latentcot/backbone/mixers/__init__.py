@@ -25,8 +25,8 @@ MIXERS: dict[str, tuple[type[Mixer], type]] = {
 
 def find_mixer(name: str) -> tuple[type[Mixer], type]:
     """Class and options class of a mixer; ``ValueError`` with close names when there is none."""
-    if name not in MIXERS:
-        close = get_close_matches(name, MIXERS, 1)
+    if not isinstance(name, str) or name not in MIXERS:
+        close = get_close_matches(str(name), MIXERS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"mixer: unknown name {name!r}, expected one of {', '.join(MIXERS)}{hint}")
     return MIXERS[name]

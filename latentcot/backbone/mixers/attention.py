@@ -17,6 +17,7 @@ from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.mixers.base import (
     Mixer,
     check_choice,
+    check_counts,
     check_divides,
     check_even,
     check_positive,
@@ -47,7 +48,8 @@ class AttentionOptions:
     window_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive("attention", num_heads=self.num_heads, window_size=self.window_size, rope_theta=self.rope_theta)
+        check_counts("attention", num_heads=self.num_heads, window_size=self.window_size)
+        check_positive("attention", rope_theta=self.rope_theta)
         check_divides("num_kv_heads", self.num_heads, self.heads_of_keys, "attention")
         check_choice("attention", "bias", self.bias, ("none", "qk", "qkv"))
         check_choice("attention", "rotary_layout", self.rotary_layout, ("half", "interleaved"))

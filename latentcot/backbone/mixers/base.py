@@ -120,16 +120,31 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def check_divides(what: str, whole: int, parts: int, owner: str) -> int:
     """``whole // parts``, or a ``ValueError`` that names both."""
-    if parts <= 0 or whole % parts:
+    if not (is_count(whole) and is_count(parts)) or whole % parts:
         raise ValueError(f"{owner}: {what} = {parts} must divide {whole}")
     return whole // parts
 
 
 def check_positive(owner: str, **values: float | None) -> None:
-    """``ValueError`` for a size that is not above zero; ``None`` passes."""
+    """``ValueError`` for what is no number above zero; ``None`` passes."""
     for what, value in values.items():
-        if value is not None and not value > 0:
+        if value is not None and not is_positive(value):
             raise ValueError(f"{owner}: {what} = {value!r} given, expected a number above zero")
+
+
+def check_counts(owner: str, **values: int | None) -> None:
+    """``ValueError`` for what is no integer above zero (2.0 is none: it comes from a file written by hand); ``None`` passes."""
+    for what, value in values.items():
+        if value is not None and not is_count(value):
+            raise ValueError(f"{owner}: {what} = {value!r} given, expected an integer above zero")
+
+
+def is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and is_positive(value)
 
 
 def check_choice(owner: str, what: str, value: str | None, choices: tuple[str | None, ...]) -> None:
@@ -146,7 +161,7 @@ def check_even(what: str, width: int, owner: str) -> None:
 
 def scaled_width(what: str, width: int, ratio: float, owner: str) -> int:
     """``width · ratio`` where that is a whole number above zero; else a ``ValueError`` (rounding would change a published size)."""
-    scaled = width * ratio
+    scaled = width * ratio if is_positive(ratio) else 0
     if scaled < 1 or abs(scaled - round(scaled)) > 1e-6:
         raise ValueError(
             f"{owner}: {what} = {ratio} makes {scaled:g} channels of {width}, expected a whole number above zero"

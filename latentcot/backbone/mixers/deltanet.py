@@ -21,8 +21,8 @@ from latentcot.backbone.mixers.base import (
     SHUT,
     Mixer,
     check_choice,
+    check_counts,
     check_divides,
-    check_positive,
     direction_start,
     layer_state,
     linear_flops,
@@ -70,7 +70,7 @@ class DeltaNetOptions:
     combine: Literal["average", "gate"] = "average"
 
     def __post_init__(self) -> None:
-        check_positive("deltanet", num_heads=self.num_heads, conv_size=self.conv_size)
+        check_counts("deltanet", num_heads=self.num_heads, conv_size=self.conv_size)
         check_choice("deltanet", "qk_activation", self.qk_activation, (*FEATURE_MAPS, "identity"))
         check_choice("deltanet", "qk_norm", self.qk_norm, tuple(QK_NORMS))
         check_choice("deltanet", "combine", self.combine, ("average", "gate"))

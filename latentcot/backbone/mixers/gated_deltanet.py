@@ -25,6 +25,7 @@ from latentcot.backbone.mixers.base import (
     SHUT,
     Mixer,
     check_choice,
+    check_counts,
     check_divides,
     check_positive,
     direction_start,
@@ -70,7 +71,8 @@ class GatedDeltaNetOptions:
 
     def __post_init__(self) -> None:
         check_divides("num_heads", self.num_v_heads or self.num_heads, self.num_heads, "gated_deltanet (num_v_heads)")
-        check_positive("gated_deltanet", head_dim=self.head_dim, expand_v=self.expand_v, conv_size=self.conv_size)
+        check_counts("gated_deltanet", head_dim=self.head_dim, conv_size=self.conv_size)
+        check_positive("gated_deltanet", expand_v=self.expand_v)
         check_choice("gated_deltanet", "combine", self.combine, ("average", "gate"))
 
 

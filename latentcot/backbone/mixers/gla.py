@@ -17,8 +17,8 @@ from latentcot.backbone.mixers.base import (
     SHUT,
     Mixer,
     check_choice,
+    check_counts,
     check_divides,
-    check_positive,
     layer_state,
     linear_flops,
     repeat_heads,
@@ -61,7 +61,7 @@ class GLAOptions:
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        check_positive("gla", num_heads=self.num_heads, conv_size=self.conv_size)
+        check_counts("gla", num_heads=self.num_heads, conv_size=self.conv_size)
         check_divides("num_kv_heads", self.num_heads, self.heads_of_keys, "gla")
         check_choice("gla", "feature_map", self.feature_map, (None, *FEATURE_MAPS))
         if self.clamp_min is not None and self.clamp_min > 0:

@@ -16,6 +16,7 @@ from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.mixers.base import (
     SHUT,
     Mixer,
+    check_counts,
     check_positive,
     layer_state,
     linear_flops,
@@ -46,7 +47,8 @@ class HGRNOptions:
     elementwise_affine: bool = True
 
     def __post_init__(self) -> None:
-        check_positive("hgrn", expand_ratio=self.expand_ratio, conv_size=self.conv_size)
+        check_positive("hgrn", expand_ratio=self.expand_ratio)
+        check_counts("hgrn", conv_size=self.conv_size)
 
 
 class HGRN(Mixer):

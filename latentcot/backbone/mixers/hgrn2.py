@@ -18,8 +18,8 @@ from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.mixers.base import (
     SHUT,
     Mixer,
+    check_counts,
     check_divides,
-    check_positive,
     layer_state,
     linear_flops,
     shut,
@@ -51,7 +51,7 @@ class HGRN2Options:
     def __post_init__(self) -> None:
         if self.num_heads is None and self.expand_ratio is None:
             raise ValueError("hgrn2: num_heads and expand_ratio are both None, expected at least one of them")
-        check_positive("hgrn2", num_heads=self.num_heads, expand_ratio=self.expand_ratio, conv_size=self.conv_size)
+        check_counts("hgrn2", num_heads=self.num_heads, expand_ratio=self.expand_ratio, conv_size=self.conv_size)
 
 
 class HGRN2(Mixer):

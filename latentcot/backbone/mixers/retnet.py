@@ -16,6 +16,7 @@ from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.mixers.base import (
     Mixer,
     check_choice,
+    check_counts,
     check_divides,
     check_even,
     check_positive,
@@ -53,7 +54,8 @@ class RetNetOptions:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        check_positive("retnet", num_heads=self.num_heads, rope_theta=self.rope_theta)
+        check_counts("retnet", num_heads=self.num_heads)
+        check_positive("retnet", rope_theta=self.rope_theta)
         check_divides("num_kv_heads", self.num_heads, self.heads_of_keys, "retnet")
         check_choice("retnet", "feature_map", self.feature_map, (None, *FEATURE_MAPS))
 
