@@ -35,6 +35,7 @@ TASKS: dict[str, str] = {
     "prosqa": "latentcot.tasks.prosqa:ProsQATask",
     "prosqa_balanced": "latentcot.tasks.prosqa:ProsQABalancedTask",
     "prosqa_paper": "latentcot.tasks.prosqa:ProsQAPaperTask",
+    "sudoku": "latentcot.tasks.sudoku:SudokuTask",
 }
 """Task name -> ``module:class``."""
 

@@ -10,7 +10,7 @@ from latentcot.tasks import TASKS, Vocabulary, make_task, task_names, task_type
 
 
 def test_every_listed_task_is_made_under_its_name():
-    assert task_names() == ("chain", "group", "mqar", "needle", "prosqa", "prosqa_balanced", "prosqa_paper")
+    assert task_names() == ("chain", "group", "mqar", "needle", "prosqa", "prosqa_balanced", "prosqa_paper", "sudoku")
     for name in task_names():
         assert make_task(name).name == name
     assert set(TASKS) == set(task_names())
@@ -23,7 +23,7 @@ def test_every_listed_task_is_made_under_its_name():
             lambda: make_task("groups"),
             "name: unknown task 'groups'; did you mean 'group'.* valid: chain, group, mqar, needle, prosqa",
         ),
-        (lambda: make_task("sudoku"), "name: unknown task 'sudoku'; valid: chain, group"),
+        (lambda: make_task("xyzzy"), "name: unknown task 'xyzzy'; valid: chain, group"),
         (
             lambda: make_task("group", max_dificulty=3),
             "config: unknown option of task 'group': 'max_dificulty'; did you mean",
