@@ -21,6 +21,8 @@ from latentcot.recurrent_depth.initial_state import InitialState
 from latentcot.recurrent_depth.injection import Adapter, Injection
 from latentcot.recurrent_depth.loop import DepthLoop, LoopOutput
 from latentcot.recurrent_depth.monitors import relative_residual, state_rms, token_correlation
+from latentcot.recurrent_depth.ouro import Ouro
+from latentcot.recurrent_depth.ouro_checkpoint import load_ouro
 from latentcot.recurrent_depth.readout import Readout
 from latentcot.recurrent_depth.step_sampler import StepSampler
 
@@ -36,6 +38,7 @@ __all__ = [
     "InitialState",
     "Injection",
     "LoopOutput",
+    "Ouro",
     "Readout",
     "StepSampler",
     "build_huginn",
@@ -43,6 +46,7 @@ __all__ = [
     "huginn_chat",
     "init_huginn",
     "load_huginn",
+    "load_ouro",
     "relative_residual",
     "state_rms",
     "token_correlation",
