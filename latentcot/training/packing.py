@@ -1,6 +1,6 @@
 r"""Text for language modelling: tokenised once into one flat file, then cut into rows; batch n of a run depends on n alone.
 
-:func:`tokenize_corpus` writes a folder with ``tokens.npy`` (all documents end to end, each closed by the end token), ``starts.npy``
+:func:`tokenize_corpus` writes a folder with ``tokens.bin`` (all documents end to end, each closed by the end token), ``starts.npy``
 (where each document begins) and ``corpus.json``. :class:`PackedText` serves it: row r of S tokens is the stretch from r·S to
 (r + 1)·S, its labels are the next tokens. Rows are drawn in a new order every epoch, fixed by (seed, epoch), and the place in the data
 is the number of optimiser steps, which every checkpoint holds: a resumed run reads what the run that was not killed read, whatever

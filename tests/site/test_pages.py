@@ -1,6 +1,7 @@
 """Text of records is data: a hostile record goes through the whole build and comes out as text."""
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,34 @@ def test_the_same_records_give_the_same_pages_in_any_order() -> None:
     records = load_records()[:40]
     tree, facets = load_taxonomy(), load_facets()
     assert paper_pages(records, tree, facets) == paper_pages(list(reversed(records)), tree, facets)
+
+
+def markdown_of(docstring: str) -> str:
+    """What the griffe extension of the theme makes of a docstring."""
+    pytest.importorskip("griffe")
+    path = Path(__file__).parents[2] / "docs/theme/plain_roles.py"
+    spec = spec_from_file_location("plain_roles", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.as_markdown(docstring)
+
+
+@pytest.mark.parametrize(
+    ("docstring", "markdown"),
+    [
+        (r"See :meth:`Thing.do` and :class:`~a.b.Thing`.", "See `Thing.do` and `a.b.Thing`."),
+        (r"With :math:`\sigma` open.", r"With $\sigma$ open."),
+        ("First.\n\n.. math:: a\n    b\n\nThen.", "First.\n\n\n$$\na b\n$$\n\nThen."),
+        ("  .. math::\n\n      a, \\\\\n      b", "\n  $$\n  \\begin{aligned} a, \\\\ b \\end{aligned}\n  $$\n"),
+        (".. code-block:: text\n\n    a\n      :math:`x`\n", "\n```text\na\n  :math:`x`\n```\n"),
+        (
+            "==== =====\nkind value\n==== =====\na    :math:`|x|`\n     and on\nb|c  :func:`f`\n==== =====\nEnd.",
+            "\n| kind | value |\n| --- | --- |\n| a | $ \\vert x \\vert $ and on |\n| b\\|c | `f` |\n\nEnd.",
+        ),
+        ("==== ====\nno table", "==== ====\nno table"),
+    ],
+)
+def test_docstrings_lose_their_sphinx_markup(docstring: str, markdown: str) -> None:
+    assert markdown_of(docstring) == markdown

@@ -176,6 +176,17 @@ def test_reference_pages_show_what_a_package_exports(site_folder: Path, name: st
             assert f".{export}" in headings, export
 
 
+@pytest.mark.parametrize("name", API_PACKAGES)
+def test_reference_pages_show_formulas_and_tables_not_their_source(site_folder: Path, name: str) -> None:
+    page = html.fromstring((site_folder / f"{api_page(name)}.html").read_bytes().decode("utf-8"))
+    for element in page.xpath("//pre | //details | //math"):
+        element.drop_tree()
+    text = page.xpath("//article")[0].text_content()
+    raw = re.findall(r":\w+:[`\\][^\n]*|\.\. [\w-]+::[^\n]*|={6,}|\\math\w+|\\frac", text)
+    assert not raw, raw[:5]
+    assert not page.xpath("//*[@class='lc-math']/code"), "TeX that could not be converted"
+
+
 def test_the_command_line_reference_shows_every_command_and_option(site_folder: Path) -> None:
     import typer
 
