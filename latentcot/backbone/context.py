@@ -189,6 +189,10 @@ def _new_token_mask(attention_mask: Tensor | None, batch: int, length: int, past
             f"attention_mask: shape {list(attention_mask.shape)} given, expected {expected} (1 = real token, 0 = padding)"
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if attention_mask.device.type == "cpu" and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError(
+            "attention_mask: values other than 0 and 1 given, expected 1 = real token, 0 = padding (what is added to scores is no mask)"
+        )
     return None if bool(mask.all()) else mask
 
 

@@ -262,6 +262,7 @@ class ModelState:
                 description = json.loads((file.metadata() or {})["latentcot_state"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             maker, mixers = description["fingerprint"], dict(description["mixers"])
+            places = {key: (int(block), int(recurrence)) for key in mixers for block, recurrence in [key.split(".")]}
         except Exception as error:  # safetensors, json and key errors alike mean: not a readable state
             raise ValueError(f"path: {path} is not a readable model state ({error})") from error
         if fingerprint is not None and maker != fingerprint:
@@ -270,17 +271,17 @@ class ModelState:
             )
         entries: dict[Place, LayerState] = {}
         for key, mixer in mixers.items():
-            block, recurrence = map(int, key.split("."))
             prefix = f"entry.{key}."
-            entries[block, recurrence] = LayerState(
+            entries[places[key]] = LayerState(
                 mixer, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
         state = cls(maker, entries, tensors.get("lengths"), tensors.get("valid"))
         rows = {t.shape[0] for entry in entries.values() for t in entry.tensors.values()}
         rows |= {t.shape[0] for t in (state.lengths, state.valid) if t is not None}
-        if not all(entry.tensors for entry in entries.values()) or len(rows) > 1:
+        whole = (state.lengths is None) == (state.valid is None) and all(entry.tensors for entry in entries.values())
+        if not whole or len(rows) > 1:
             raise ValueError(
-                f"path: {path} is not a readable model state (entries are empty or disagree about the batch)"
+                f"path: {path} is not a readable model state (parts are missing, or disagree about the batch)"
             )
         return state
 

@@ -233,6 +233,7 @@ def test_patterns_by_period_and_by_linear_layers_per_full_one():
         ({"input_ids": torch.tensor([[1, 99]])}, "expected 0..22"),
         ({"input_ids": torch.tensor([1, 2])}, r"\[B, S\]"),
         ({"input_ids": tokens(), "attention_mask": torch.ones(3, 5)}, "attention_mask"),
+        ({"input_ids": tokens(), "attention_mask": torch.full((3, 12), -1e9)}, "other than 0 and 1"),
         ({"input_ids": tokens(), "cu_seqlens": torch.tensor([0, 12])}, "batch size 1"),
         ({"input_ids": tokens(1), "cu_seqlens": torch.tensor([0, 5, 3, 12])}, "offsets must rise"),
         ({"input_ids": tokens(1), "cu_seqlens": torch.tensor([0, 11])}, "offsets must rise"),

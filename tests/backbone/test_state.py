@@ -3,6 +3,9 @@
 # Tests read attributes of mixers and of optional states, which a type checker cannot know.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false, reportIndexIssue=false
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,6 +80,14 @@ def test_files_that_are_no_states_are_refused(tmp_path):
         ModelState.load(path, "0123456789abcdef")
     save_file({"x": torch.zeros(1)}, path, {"latentcot_state": "{}"})
     with pytest.raises(ValueError, match="not a readable model state"):
+        ModelState.load(path)
+    whole = model(ids, use_cache=True).state
+    places = {"fingerprint": whole.fingerprint, "mixers": {"first": "gla"}}
+    save_file({"entry.first.matrix": torch.zeros(1)}, path, {"latentcot_state": json.dumps(places)})
+    with pytest.raises(ValueError, match="not a readable model state"):
+        ModelState.load(path)
+    replace(whole, valid=None).save(path)  # it would go on from position 3 and see no past
+    with pytest.raises(ValueError, match="parts are missing"):
         ModelState.load(path)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="not a readable model state"):
