@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentcot.backbone import HybridForCausalLM
 from latentcot.reasoner import LossOutput, Phase, StepContext, TaskBatch, register_method
@@ -26,11 +25,10 @@ from latentcot.recurrent_depth.exit_law import (
     expected_steps,
     gate_loss,
 )
-from latentcot.recurrent_depth.reading import scored, token_losses
+from latentcot.recurrent_depth.reading import scored
 from latentcot.recurrent_depth.settings import check_choice, merge
-from latentcot.recurrent_depth.stack_loop import StackLoop, Unrolled
+from latentcot.recurrent_depth.stack_loop import StackLoop
 from latentcot.sequences import training_rows
-from latentcot.training.budget import FlopCounter
 
 DEFAULTS: dict[str, Any] = {
     "steps": 4,
@@ -127,14 +125,3 @@ class Ouro(StackLoop):
                 "mean_steps": float(expected_steps(log_p).mean()),
             }
         return LossOutput(loss, parts, self.training_flops(row.mask, chosen))
-
-    def step_losses(self, unrolled: Unrolled, chosen: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of every step at the scored positions, ``[T, P]``."""
-        head = self.backbone.lm_head
-        return torch.stack([token_losses(head(h[:, :-1][chosen]), targets) for h in unrolled.hidden])
-
-    def training_flops(self, mask: Tensor, chosen: Tensor) -> float:
-        """Forward FLOPs of one pass at full depth, the head at scored positions only."""
-        tokens, heads = mask.sum(1).double(), chosen.sum(1).double()
-        one = FlopCounter(self.backbone)(tokens, 0, heads) + self.gate_flops * tokens
-        return float(self.settings["steps"] * one.sum())  # type: ignore[union-attr]

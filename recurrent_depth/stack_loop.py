@@ -26,7 +26,7 @@ from latentcot.recurrent_depth.ragged_state import (
     resolve_gaps,
     token_context,
 )
-from latentcot.recurrent_depth.reading import Reading, ReadingReasoner
+from latentcot.recurrent_depth.reading import Reading, ReadingReasoner, token_losses
 from latentcot.recurrent_depth.settings import check_choice, check_count, check_keys
 from latentcot.sequences import constant, join, prompt
 from latentcot.training.budget import FlopCounter
@@ -242,6 +242,19 @@ class StackLoop(ReadingReasoner):
         taken = torch.cat([torch.full_like(r, t) for r, _, t in done])[order]
         logits = self.backbone.lm_head(last[:, -logits_to_keep:] if logits_to_keep else last)
         return Exited(last, logits, taken, computed)
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def step_losses(self, unrolled: Unrolled, chosen: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of every step at the scored positions, ``[T, P]``."""
+        head = self.backbone.lm_head
+        return torch.stack([token_losses(head(h[:, :-1][chosen]), targets) for h in unrolled.hidden])
+
+    def training_flops(self, mask: Tensor, chosen: Tensor) -> float:
+        """Forward FLOPs of one pass at full depth, the head at scored positions only."""
+        tokens, heads = mask.sum(1).double(), chosen.sum(1).double()
+        one = FlopCounter(self.backbone)(tokens, 0, heads) + self.gate_flops * tokens
+        return float(self.settings["steps"] * one.sum())  # type: ignore[union-attr]
 
     # -- token by token ------------------------------------------------------------------------------------------------
 
