@@ -1,7 +1,7 @@
 """Recurrent depth: the same blocks run again and again, so that thinking longer needs no more parameters.
 
 :class:`DepthRecurrence` is the method; the values :class:`InitialState`, :class:`Injection`, :class:`StepSampler`,
-:class:`GradientWindow`, :class:`ExitRule` and :class:`Readout` are what a published variant is a combination of. Latent
+:class:`GradientWindow`, :class:`ExitRule`, :class:`StepCache` and :class:`Readout` are what a published variant is a combination of. Latent
 thoughts (Coconut) live in :mod:`latentcot.recurrent_depth.latent_thoughts`.
 """
 
@@ -24,6 +24,7 @@ from latentcot.recurrent_depth.monitors import relative_residual, state_rms, tok
 from latentcot.recurrent_depth.ouro import Ouro
 from latentcot.recurrent_depth.ouro_checkpoint import load_ouro
 from latentcot.recurrent_depth.readout import Readout
+from latentcot.recurrent_depth.step_cache import StepCache
 from latentcot.recurrent_depth.step_sampler import StepSampler
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "LoopOutput",
     "Ouro",
     "Readout",
+    "StepCache",
     "StepSampler",
     "build_huginn",
     "export_huginn",

@@ -28,7 +28,8 @@ from latentcot.reasoner import (
 from latentcot.recurrent_depth.exit_rule import ExitRule
 from latentcot.recurrent_depth.loop import DepthLoop
 from latentcot.recurrent_depth.settings import check_count, check_keys, read_value
-from latentcot.sequences import constant, greedy_decode, join, label_loss, prompt, training_rows, until_stop
+from latentcot.recurrent_depth.step_cache import StepCache
+from latentcot.sequences import Joined, constant, greedy_decode, join, label_loss, prompt, training_rows, until_stop
 
 ANSWER_SEED = 0
 _NO_LIMITS, _EVERYWHERE = AnswerLimits(), Sites()
@@ -39,8 +40,8 @@ class DepthRecurrence(DepthLoop):
     """Depth recurrence as a method; settings and architecture: :class:`~latentcot.recurrent_depth.loop.DepthLoop`.
 
     Training draws one r a step (the same on every worker) and lets gradient through the last k recurrences. Answering
-    takes ``recurrences`` and ``exit_rule`` from the settings or, overriding them, from ``limits.knobs`` under the same
-    names.
+    takes ``recurrences``, ``exit_rule``, ``step_cache`` and ``warm_start`` from the settings or, overriding them, from
+    ``limits.knobs`` under the same names.
     """
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
@@ -66,11 +67,12 @@ class DepthRecurrence(DepthLoop):
         the draw is a fixed one.
 
         ``sequential_passes``: r + 1 a token (each recurrence of the core waits for the one before; prelude and coda
-        together are one more). With a fixed r, tokens after the first continue from the state; with an exit rule each
-        token reads its whole row again, because rows that stop early leave no complete state. ``info["recurrences"]
-        [B]``: r of the answer's first token.
+        together are one more). Tokens after the first continue from the state, each with an r of its own under an exit
+        rule. Only with an exit rule and a ``step_cache`` that allows no gaps ("full") does each token read its whole row
+        again. ``info["recurrences"] [B]``: r of the answer's first token; ``info["steps"] [B, n]``: of every token, 0
+        behind a row's end, where tokens have an r of their own.
         """
-        r, rule = self._depth(limits.knobs)
+        r, rule, policy, warm = self._depth(limits.knobs)
         if limits.sequential_passes is not None:
             r = min(r, check_count("limits.sequential_passes", limits.sequential_passes, 2) - 1)
         most = prompts.limits.answer_tokens
@@ -80,8 +82,15 @@ class DepthRecurrence(DepthLoop):
             most = min(most, limits.sequential_passes // (r + 1))
         start = join([prompt(prompts), constant(prompts.ids, SPECIAL.ans)], side="left")
         noise = self._noise(prompts, generator)
-        if rule.active:
+        if rule.active and policy.plain:
+            if warm:
+                raise ValueError(
+                    "warm_start: with an exit rule it needs a step_cache that allows gaps ('latest', 'skip'), because "
+                    "'full' reads the whole row again for each token"
+                )
             return self._answer_with_exits(start.ids, start.mask, r, rule, noise, most)
+        if warm or not policy.plain:
+            return self._answer_from_state(start, r, rule, policy, warm, noise, most)
         first = self.recur(
             start.ids,
             r,
@@ -128,6 +137,61 @@ class DepthRecurrence(DepthLoop):
                 break
         return AnswerOutput(until_stop(out), emitted, passes, flops, {"text": out, "recurrences": first_steps})
 
+    def _answer_from_state(
+        self,
+        start: Joined,
+        most_steps: int,
+        rule: ExitRule,
+        policy: StepCache,
+        warm: bool,
+        noise: Tensor | None,
+        most_tokens: int,
+    ) -> AnswerOutput:
+        """One token a pass, each row with its own r; rows that ended leave the batch and its state."""
+        batch, device = len(start.ids), start.ids.device
+        out = torch.full((batch, most_tokens), SPECIAL.pad, dtype=torch.int64, device=device)
+        steps = torch.zeros_like(out)
+        flops = torch.zeros(batch, dtype=torch.float64, device=device)
+        active = torch.arange(batch, device=device)
+        ids, mask, state, s = start.ids, start.mask, None, _at(noise, start.mask)
+        past = torch.zeros(batch, dtype=torch.float64, device=device)
+        for position in range(most_tokens):
+            output = self.recur(
+                ids,
+                most_steps,
+                attention_mask=mask,
+                initial_state=s,
+                exit_rule=rule,
+                state=state,
+                use_cache=True,
+                logits_to_keep=1,
+                step_cache=policy,
+            )
+            token, taken = output.logits[:, -1].argmax(-1), output.recurrences
+            out[active, position], steps[active, position] = token, taken
+            read = mask.sum(1).double()
+            # The last recurrence of a row that never settled is not looked at.
+            checks = rule.checks(taken.clamp(max=most_steps - 1)) if rule.decoded else 0
+            checked = 1 if rule.positions == "last" else read
+            price = self.flops(read, past, recurrences=taken, head=1, checks=checks, checked=checked)  # type: ignore[arg-type]
+            flops[active] += price + self.fill_flops(read, 0 if output.filled is None else output.filled)
+            going = token != SPECIAL.eos
+            active, past, ids = active[going], (past + read)[going], token[going][:, None]
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            if not len(active) or position + 1 == most_tokens:
+                break
+            assert output.state is not None
+            state = output.state.select(going)
+            assert state.lengths is not None
+            if warm:
+                s = output.final_state[going, -1:]
+            else:
+                s = None if noise is None else noise[state.lengths][:, None]
+        emitted = (steps > 0).sum(1)
+        passes = (steps + (steps > 0)).sum(1)
+        info = {"text": out, "recurrences": steps[:, 0], "steps": steps}
+        return AnswerOutput(until_stop(out), emitted, passes, flops, info)
+
     @torch.no_grad()
     def trace(self, prompts: PromptBatch, sites: Sites = _EVERYWHERE) -> Trace:
         """Output of each chosen core block after each recurrence, prompt and ``<ans>`` read once: ``hidden [R, layers,
@@ -148,10 +212,12 @@ class DepthRecurrence(DepthLoop):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _depth(self, knobs: Mapping[str, Any]) -> tuple[int, ExitRule]:
-        check_keys("limits.knobs", knobs, ("recurrences", "exit_rule"))
+    def _depth(self, knobs: Mapping[str, Any]) -> tuple[int, ExitRule, StepCache, bool]:
+        check_keys("limits.knobs", knobs, ("recurrences", "exit_rule", "step_cache", "warm_start"))
         r = check_count("limits.knobs: recurrences", knobs.get("recurrences", self.default_recurrences), 1)
-        return r, read_value("limits.knobs: exit_rule", ExitRule, knobs.get("exit_rule", self.exit_rule))
+        rule = read_value("limits.knobs: exit_rule", ExitRule, knobs.get("exit_rule", self.exit_rule))
+        policy = read_value("limits.knobs: step_cache", StepCache, knobs.get("step_cache", self.step_cache))
+        return r, rule, policy, bool(knobs.get("warm_start", self.settings["warm_start"]))
 
     def _noise(self, prompts: PromptBatch, generator: torch.Generator | None) -> Tensor | None:
         """Initial states by position ``[positions, D]``; ``None`` where nothing is drawn."""

@@ -14,12 +14,13 @@ runs of its blocks (arXiv:2502.05171). Core block b of recurrence i (from 0) kee
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from latentcot.backbone import HybridForCausalLM, ModelState, SequenceContext
+from latentcot.backbone.block import Block
 from latentcot.reasoner import Reasoner
 from latentcot.recurrent_depth.exit_rule import NO_EXIT, ExitRule
 from latentcot.recurrent_depth.gradient_window import FULL, GradientWindow
@@ -27,6 +28,13 @@ from latentcot.recurrent_depth.initial_state import InitialState
 from latentcot.recurrent_depth.injection import Injection
 from latentcot.recurrent_depth.readout import Readout
 from latentcot.recurrent_depth.settings import check_count, merge, read_value, write_value
+from latentcot.recurrent_depth.step_cache import (
+    MARK,
+    StepCache,
+    policy_of,
+    stored_recurrences,
+)
+from latentcot.recurrent_depth.step_pass import run_pass
 from latentcot.recurrent_depth.step_sampler import StepSampler
 from latentcot.training.budget import FlopCounter
 
@@ -40,8 +48,10 @@ DEFAULTS: dict[str, Any] = {
     "gradient_window": 8,
     "exit_rule": "none",
     "readout": "after_loop",
+    "step_cache": "full",
     "embedding_scale": None,
     "recurrences": None,
+    "warm_start": False,
 }
 
 VALUES: dict[str, type] = {
@@ -51,6 +61,7 @@ VALUES: dict[str, type] = {
     "gradient_window": GradientWindow,
     "exit_rule": ExitRule,
     "readout": Readout,
+    "step_cache": StepCache,
 }
 """Setting -> the value it is read as."""
 
@@ -59,7 +70,7 @@ VALUES: dict[str, type] = {
 class LoopOutput:
     """``hidden [B, S, D]``: the coda's output, before the last norm; ``logits [B, S or fewer, Vocab]``; ``final_state
     [B, S, D]``: each row's s_r; ``recurrences [B]``: its r; ``state``: for the next tokens, when it was kept;
-    ``recorded``: see ``record``."""
+    ``recorded``: see ``record``; ``filled [B]``: deeper recurrences whose linear states a row filled on leaving."""
 
     hidden: Tensor
     logits: Tensor
@@ -67,6 +78,7 @@ class LoopOutput:
     recurrences: Tensor
     state: ModelState | None = None
     recorded: list[list[Tensor]] | None = None
+    filled: Tensor | None = None
 
 
 class DepthLoop(Reasoner):
@@ -78,11 +90,13 @@ class DepthLoop(Reasoner):
         settings: see the README beside this file for every key; left-out keys take the values of ``DEFAULTS``.
 
             * ``prelude``, ``core``, ``coda``: blocks of each part; they must add up to the backbone's, core at least 1.
-            * ``initial_state``, ``injection``, ``sampler``, ``gradient_window``, ``exit_rule``, ``readout``: the value
-              of that name, written as its first field alone or as a dict of its fields.
+            * ``initial_state``, ``injection``, ``sampler``, ``gradient_window``, ``exit_rule``, ``readout``,
+              ``step_cache``: the value of that name, written as its first field alone or as a dict of its fields.
             * ``embedding_scale``: factor c on token embeddings, ``"sqrt_width"`` for sqrt(D), ``None`` = the backbone's
               own.
             * ``recurrences``: r when answering; ``None`` = the sampler's mean, rounded.
+            * ``warm_start``: when answering, the loop of each token after the first starts from the final state of the
+              token before it instead of a draw.
 
     Raises:
         ValueError: unknown keys (close ones are named), sizes that do not fit, values out of range, and ``injection``
@@ -110,6 +124,7 @@ class DepthLoop(Reasoner):
         self.window: GradientWindow = values["gradient_window"]
         self.exit_rule: ExitRule = values["exit_rule"]
         self.readout: Readout = values["readout"]
+        self.step_cache: StepCache = values["step_cache"]
         if self.injection.kind == "none" and self.initial.kind != "embedding":
             raise ValueError(
                 f"injection: 'none' with initial_state {self.initial.kind!r} hides the input from the core; "
@@ -182,6 +197,7 @@ class DepthLoop(Reasoner):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         record: tuple[int, ...] = (),
+        step_cache: StepCache | None = None,
     ) -> LoopOutput:
         r"""Read tokens with r recurrences.
 
@@ -194,14 +210,17 @@ class DepthLoop(Reasoner):
             cu_seqlens: offsets of packed sequences (B = 1).
             window: how many of the last recurrences carry gradient; all by default.
             exit_rule: rows stop when it says so and leave the computation; a row's result is that of the row alone.
-            state: of the tokens before; it must have been made with the same number of recurrences.
+            state: of the tokens before, made by the same ``step_cache``; with one that reads exact entries only, also with
+                the same number of recurrences.
             use_cache: return a state to continue from.
             logits_to_keep: logits of the last so many positions only; 0 = all.
             record: core blocks whose outputs to keep, recurrence by recurrence.
+            step_cache: what is read of tokens with other numbers of recurrences; default that of the settings. It counts
+                only where a state is kept.
 
         Raises:
-            ValueError: r below 1, a wrong shape, or an exit rule together with a state, packing or ``record`` (tokens
-                that stop at different depths would leave gaps in the state).
+            ValueError: r below 1, a wrong shape, an exit rule together with packing or ``record``, or together with a
+                state that can have no gaps (tokens that stop at different depths leave some).
         """
         r = check_count("recurrences", self.default_recurrences if recurrences is None else recurrences, 1)
         embedded = self.embed(input_ids)
@@ -214,21 +233,31 @@ class DepthLoop(Reasoner):
             state=state,
             keep_state=use_cache or state is not None,
         )
-        if exit_rule.active and (context.keep_state or cu_seqlens is not None or record):
+        policy = self.step_cache if step_cache is None else step_cache
+        ragged = context.keep_state and (not policy.plain or (state is not None and MARK in state.entries))
+        if exit_rule.active and ((context.keep_state and policy.plain) or cu_seqlens is not None or record):
             raise ValueError(
                 "exit_rule: rows that stop early leave gaps in a state; leave out state, use_cache, cu_seqlens and "
-                "record, or read with a fixed number of recurrences"
+                "record, read with a fixed number of recurrences, or take a step_cache that allows gaps ('latest', 'skip')"
             )
+        if ragged:
+            self._check_policy(policy, state, cu_seqlens, record)
         if outside := [b for b in record if not self.core.start <= b < self.core.stop]:
             raise ValueError(
                 f"record: blocks {outside} given, but the core is blocks {self.core.start}..{self.core.stop - 1}"
             )
-        self._check_depth(state, r)
+        if not ragged:
+            self._check_depth(state, r)
         embedded, state = self.backbone.run(embedded, context, self.prelude, state)
         s = self._start(embedded, initial_state, generator)
-        if exit_rule.active:
+        kept = filled = None
+        if ragged:
+            assert state is not None or not self.prelude.stop
+            before = self.backbone.new_state() if state is None else state
+            found = run_pass(self, policy, exit_rule, s, embedded, context, before, r, window)  # type: ignore[arg-type]
+            s, taken, state, filled = found.final, found.recurrences, found.state, found.filled
+        elif exit_rule.active:
             s, taken = self._loop_with_exits(s, embedded, context, r, exit_rule, window)
-            kept = None
         else:
             without, _ = window.split(r)
             kept = []
@@ -240,7 +269,7 @@ class DepthLoop(Reasoner):
         hidden, state = self.finish(s, context, state)
         logits = self.backbone.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         state = None if state is None else state.advance(context)
-        return LoopOutput(hidden, logits, s, taken, state, kept if record else None)
+        return LoopOutput(hidden, logits, s, taken, state, kept if record else None, filled)
 
     def _start(self, embedded: Tensor, given: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if given is None:
@@ -255,11 +284,32 @@ class DepthLoop(Reasoner):
         """A state made with another r has missing or outdated entries at some depth: both would be silently wrong."""
         if state is None or state.is_fresh:
             return
-        stored = 1 + max((i for block, i in state.entries if block == self.core.start), default=-1)
+        stored = stored_recurrences(state, self.core.start)
         if stored != recurrences:
             raise ValueError(
                 f"state: it was made with {stored} recurrences, so it can not be continued with {recurrences}"
             )
+
+    def _check_policy(
+        self, policy: StepCache, state: ModelState | None, cu_seqlens: Tensor | None, record: tuple[int, ...]
+    ) -> None:
+        if cu_seqlens is not None or record:
+            raise ValueError(f"step_cache: {policy.kind!r} keeps no state of packed sequences and records no blocks")
+        options = self.backbone.config.attention
+        if (
+            policy.hides
+            and options["window_size"] is not None
+            and "attention" in self.backbone.config.mixers[self.core]
+        ):
+            raise ValueError(
+                f"step_cache: {policy.kind!r} hides single tokens, which a sliding window (attention window_size = "
+                f"{options['window_size']}) would count as if they were not there; use 'latest'"
+            )
+        if state is None or state.is_fresh:
+            return
+        made = policy_of(state)
+        if made != policy and not (made is None and policy.linear == "per_step" and not policy.compressed):
+            raise ValueError(f"state: it was made by {made or StepCache()}, so it can not be continued by {policy}")
 
     def _loop_with_exits(
         self, s: Tensor, embedded: Tensor, context: SequenceContext, most: int, rule: ExitRule, window: GradientWindow
@@ -277,7 +327,7 @@ class DepthLoop(Reasoner):
             if i == most:
                 leaving = ~leaving
             elif rule.due(i):
-                leaving, memory = self._check_exit(s, new, context, rule, memory)
+                leaving, memory = self.check_exit(s, new, context, rule, memory)
                 if i < rule.min_steps:
                     leaving = torch.zeros_like(leaving)
             s = new
@@ -297,13 +347,21 @@ class DepthLoop(Reasoner):
         return torch.cat(done_states)[order], torch.cat(done_steps)[order]
 
     @torch.no_grad()
-    def _check_exit(
-        self, previous: Tensor, state: Tensor, context: SequenceContext, rule: ExitRule, memory: Tensor | None
+    def check_exit(
+        self,
+        previous: Tensor,
+        state: Tensor,
+        context: SequenceContext,
+        rule: ExitRule,
+        memory: Tensor | None,
+        tokens: ModelState | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """Rows that may stop ``[n]`` after :math:`s_{i-1}` became :math:`s_i`, and the rule's memory. A decoded rule runs
+        coda and head, from the token state ``tokens`` and leaving nothing in it."""
         mask = context.real_tokens
         logits = None
         if rule.decoded:
-            logits = self.backbone.head(rule.view(self.finish(state, context)[0], mask))
+            logits = self.backbone.head(rule.view(self.finish(state, context, tokens)[0], mask))
         value, memory = rule.measure(rule.view(previous, mask), rule.view(state, mask), logits, memory)
         return rule.settled(value, mask), memory
 
@@ -328,6 +386,11 @@ class DepthLoop(Reasoner):
         prelude, core, coda = (FlopCounter(self.backbone, part) for part in (self.prelude, self.core, self.coda))
         loop = core(new, past) + self.adapter.flops_per_token * new
         return prelude(new, past) + loop * recurrences + coda(new, past, head) + coda(new, past, checked) * checks
+
+    def fill_flops(self, new: Tensor | int, filled: Tensor | int) -> Tensor | float:
+        """Forward FLOPs of filling gaps: each of ``new`` tokens goes through the core's linear mixers ``filled`` times."""
+        mixers = [cast(Block, layer).attn for layer in self.backbone.model.layers[self.core]]  # type: ignore[union-attr]
+        return sum(mixer.flops(1, 0.0) for mixer in mixers if mixer.name != "attention") * new * filled
 
 
 def _parts(blocks: slice, one_by_one: bool) -> list[slice]:
