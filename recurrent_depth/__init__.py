@@ -17,6 +17,7 @@ from latentcot.recurrent_depth.huginn import (
     init_huginn,
 )
 from latentcot.recurrent_depth.huginn_checkpoint import export_huginn, load_huginn
+from latentcot.recurrent_depth.huginn_speculative import SelfSpeculation, self_speculative_generate
 from latentcot.recurrent_depth.initial_state import InitialState
 from latentcot.recurrent_depth.injection import Adapter, Injection
 from latentcot.recurrent_depth.loop import DepthLoop, LoopOutput
@@ -24,6 +25,7 @@ from latentcot.recurrent_depth.monitors import relative_residual, state_rms, tok
 from latentcot.recurrent_depth.ouro import Ouro
 from latentcot.recurrent_depth.ouro_checkpoint import load_ouro
 from latentcot.recurrent_depth.readout import Readout
+from latentcot.recurrent_depth.retrofit import Cut, retrofit
 from latentcot.recurrent_depth.step_cache import StepCache
 from latentcot.recurrent_depth.step_sampler import StepSampler
 
@@ -31,6 +33,7 @@ __all__ = [
     "HUGINN_STOP",
     "HUGINN_TOKENS",
     "Adapter",
+    "Cut",
     "DepthLoop",
     "DepthRecurrence",
     "ExitRule",
@@ -41,6 +44,7 @@ __all__ = [
     "LoopOutput",
     "Ouro",
     "Readout",
+    "SelfSpeculation",
     "StepCache",
     "StepSampler",
     "build_huginn",
@@ -50,6 +54,8 @@ __all__ = [
     "load_huginn",
     "load_ouro",
     "relative_residual",
+    "retrofit",
+    "self_speculative_generate",
     "state_rms",
     "token_correlation",
 ]
