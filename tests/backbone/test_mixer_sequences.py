@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM, ModelState, SequenceContext
 from latentcot.backbone.mixers import MIXERS, find_mixer, make_options
+from latentcot.backbone.norms import RMSNorm
 from latentcot.kernels import Bidirectional
 
 OPTIONS = {
@@ -296,3 +297,33 @@ def test_a_model_draws_the_taps_of_its_convolutions_and_loading_keeps_them(tmp_p
     model.save_pretrained(tmp_path)
     loaded = HybridForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_model_draws_its_weights_as_published():
+    """Linear and embedding weights N(0, 0.02^2), biases 0, norms 1; A ~ U(0, 16), softplus(dt_bias) log-uniform in 0.001 ... 0.1."""
+    options = {"gated_deltanet": {"num_heads": 64, "head_dim": 1}, "initializer_range": 0.02}
+    model = make_model(["gated_deltanet", "gla", "attention"] * 2, torch.float32, vocab_size=500, **options)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            assert (weight == 1).all(), name
+        elif name.endswith("bias") and "dt_bias" not in name:
+            assert (weight == 0).all(), name
+        elif weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * weight.numel())), name
+            assert abs(weight.mean().item()) < 5 * 0.02 / math.sqrt(weight.numel()), name
+    A = torch.cat([p for n, p in model.named_parameters() if n.endswith("A_log")]).exp()
+    assert 0 < A.min() < 2
+    assert 14 < A.max() <= 16
+    assert A.mean().item() == pytest.approx(8, abs=5 * 16 / math.sqrt(12 * len(A)))
+    dt = torch.nn.functional.softplus(torch.cat([p for n, p in model.named_parameters() if n.endswith("dt_bias")]))
+    assert 0.00099 < dt.min() < 0.002
+    assert 0.05 < dt.max() < 0.1001
+    assert dt.log().mean().item() == pytest.approx(math.log(0.01), abs=5 * math.log(100) / math.sqrt(12 * len(dt)))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_norm_has_the_epsilon_of_its_model(mixer):
+    gates = {"deltanet": {"num_heads": 2, "use_gate": True}} if mixer == "deltanet" else {}
+    norms = {n: m for n, m in make_model([mixer], norm_eps=0.125, **gates).named_modules() if isinstance(m, RMSNorm)}
+    assert len(norms) == (3 if mixer == "attention" else 4)
+    assert {norm.eps for norm in norms.values()} == {0.125}

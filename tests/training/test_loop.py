@@ -9,7 +9,7 @@ import torch
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.baselines import ChainOfThought, Direct
-from latentcot.reasoner import LossOutput, Phase, Reasoner, TaskBatch
+from latentcot.reasoner import LossOutput, Phase, Reasoner, StepContext, TaskBatch
 from latentcot.tasks import make_task
 from latentcot.training import FlopCounter, TrainConfig, count_parameters, phase_borders, progress_bar, rate, train
 
@@ -220,6 +220,34 @@ def test_borders_follow_the_shares():
         phase_borders([], 10)
     with pytest.raises(ValueError, match="shares"):
         phase_borders([Phase("a", 0)], 10)
+
+
+def test_a_run_is_adamw_with_the_configured_values():
+    """Clipping, then AdamW (decay times the rate, on matrices alone), written out in fp64."""
+    config = TrainConfig(
+        steps=4, warmup_steps=1, learning_rate=0.01, weight_decay=0.3, betas=(0.7, 0.8), eps=1e-3, grad_clip=0.5
+    )
+    model, other = make().double(), make().double()
+    train(model, Data(), config)
+    parameters = [p for p in other.parameters() if p.requires_grad]
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    stream, clipped = Data().stream(0), 0
+    for step in range(4):
+        context = StepContext(step, 4, other.phases()[0], torch.Generator().manual_seed(step))
+        loss = other.loss(next(stream), context).loss
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        clipped += bool(norm > 0.5)
+        for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
+            g = g * min(1.0, 0.5 / (float(norm) + 1e-6))
+            m.mul_(0.7).add_(0.3 * g)
+            v.mul_(0.8).add_(0.2 * g * g)
+            lr = 0.01 * rate(step, config)
+            moved = m / (1 - 0.7 ** (step + 1)) / ((v / (1 - 0.8 ** (step + 1))).sqrt() + 1e-3)
+            p.data.copy_(p * (1 - lr * 0.3 * (p.dim() >= 2)) - lr * moved)
+    assert clipped > 0
+    for name, tensor in weights(other).items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-10, msg=name)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_share():
