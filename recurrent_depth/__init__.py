@@ -21,7 +21,7 @@ from latentcot.recurrent_depth.huginn_speculative import SelfSpeculation, self_s
 from latentcot.recurrent_depth.initial_state import InitialState
 from latentcot.recurrent_depth.injection import Adapter, Injection
 from latentcot.recurrent_depth.loop import DepthLoop, LoopOutput
-from latentcot.recurrent_depth.monitors import relative_residual, state_rms, token_correlation
+from latentcot.recurrent_depth.monitors import diagnose, relative_residual, state_rms, token_correlation
 from latentcot.recurrent_depth.ouro import Ouro
 from latentcot.recurrent_depth.ouro_checkpoint import load_ouro
 from latentcot.recurrent_depth.readout import Readout
@@ -48,6 +48,7 @@ __all__ = [
     "StepCache",
     "StepSampler",
     "build_huginn",
+    "diagnose",
     "export_huginn",
     "huginn_chat",
     "init_huginn",

@@ -5,6 +5,7 @@ Layout, learned tokens in capitals, as for ``direct``::
     prompt <ans> ANSWER <EOS>
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ from latentcot.reasoner import (
     register_method,
 )
 from latentcot.recurrent_depth.exit_rule import ExitRule
-from latentcot.recurrent_depth.loop import DepthLoop
+from latentcot.recurrent_depth.loop import DepthLoop, LoopOutput
+from latentcot.recurrent_depth.monitors import diagnose, relative_residual, state_rms, token_correlation
 from latentcot.recurrent_depth.settings import check_count, check_keys, read_value
 from latentcot.recurrent_depth.step_cache import StepCache
 from latentcot.sequences import Joined, constant, greedy_decode, join, label_loss, prompt, training_rows, until_stop
@@ -45,7 +47,8 @@ class DepthRecurrence(DepthLoop):
     """
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: object = None) -> LossOutput:
-        """Next-token loss on answer and ``<eos>``. ``parts`` also says how many recurrences were drawn."""
+        """Next-token loss on answer and ``<eos>``. ``parts`` also says how many recurrences were drawn and, every
+        ``monitor_every`` steps, token correlation, relative residual and RMS of the final state and the loss at r = 1."""
         row = training_rows(batch)
         progress = ctx.step / max(1, ctx.total_steps)
         r = self.sampler.at_step(ctx.step, progress=progress)
@@ -54,7 +57,30 @@ class DepthRecurrence(DepthLoop):
         loss = label_loss(output.logits, row.labels)
         lengths = row.mask.sum(1).double()
         flops = self.flops(lengths, recurrences=r, head=lengths)  # type: ignore[arg-type]
-        return LossOutput(loss, {"loss": float(loss.detach()), "recurrences": float(r)}, float(flops.sum()))  # type: ignore[union-attr]
+        parts = {"loss": float(loss.detach()), "recurrences": float(r)}
+        if self.monitor_every and (ctx.step + 1) % self.monitor_every == 0:  # as training counts the steps it logs
+            parts |= self._monitor(row, output, ctx, parts["loss"])
+            flops = flops + self.flops(lengths, recurrences=1, head=lengths)  # type: ignore[arg-type]
+        return LossOutput(loss, parts, float(flops.sum()))  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _monitor(self, row: Joined, output: LoopOutput, ctx: StepContext, loss: float) -> dict[str, float]:
+        state = output.final_state.detach()
+        assert output.previous is not None
+        # a generator of its own: looking must not change what training draws
+        generator = torch.Generator(ctx.generator.device).manual_seed(ctx.step)
+        once = self.recur(row.ids, 1, attention_mask=row.mask, generator=generator)
+        parts = {
+            "token_correlation": float(token_correlation(state, row.mask).nanmean()),
+            "relative_residual": float(relative_residual(output.previous, state)[row.mask].mean()),
+            "state_rms": float(state_rms(state, row.mask).mean()),
+            "loss_at_one": float(label_loss(once.logits, row.labels)),
+        }
+        if 4 * ctx.step >= ctx.total_steps:
+            comparable = parts["loss_at_one"] if output.recurrences[0] > 1 else None
+            for words in diagnose(parts["token_correlation"], comparable, loss):
+                warnings.warn(f"step {ctx.step}: {words}", stacklevel=2)
+        return parts
 
     @torch.no_grad()
     def answer(

@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "embedding_scale": None,
     "recurrences": None,
     "warm_start": False,
+    "monitor_every": 0,
 }
 
 VALUES: dict[str, type] = {
@@ -70,7 +71,8 @@ VALUES: dict[str, type] = {
 class LoopOutput:
     """``hidden [B, S, D]``: the coda's output, before the last norm; ``logits [B, S or fewer, Vocab]``; ``final_state
     [B, S, D]``: each row's s_r; ``recurrences [B]``: its r; ``state``: for the next tokens, when it was kept;
-    ``recorded``: see ``record``; ``filled [B]``: deeper recurrences whose linear states a row filled on leaving."""
+    ``recorded``: see ``record``; ``filled [B]``: deeper recurrences whose linear states a row filled on leaving;
+    ``previous [B, S, D]``: s_{r-1} without gradient, where all rows took the same r."""
 
     hidden: Tensor
     logits: Tensor
@@ -79,6 +81,7 @@ class LoopOutput:
     state: ModelState | None = None
     recorded: list[list[Tensor]] | None = None
     filled: Tensor | None = None
+    previous: Tensor | None = None
 
 
 class DepthLoop(Reasoner):
@@ -97,6 +100,8 @@ class DepthLoop(Reasoner):
             * ``recurrences``: r when answering; ``None`` = the sampler's mean, rounded.
             * ``warm_start``: when answering, the loop of each token after the first starts from the final state of the
               token before it instead of a draw.
+            * ``monitor_every``: log the monitors every so many training steps, and warn in the last three quarters of
+              training when they show a published failure; 0 = never. It costs one pass at r = 1 each time.
 
     Raises:
         ValueError: unknown keys (close ones are named), sizes that do not fit, values out of range, and ``injection``
@@ -141,6 +146,7 @@ class DepthLoop(Reasoner):
         elif isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
             raise ValueError(f"embedding_scale: {scale!r} given, expected a positive number, 'sqrt_width' or None")
         self.embedding_factor = scale / own
+        self.monitor_every = check_count("monitor_every", merged["monitor_every"])
         if merged["recurrences"] is not None:
             check_count("recurrences", merged["recurrences"], 1)
         self.default_recurrences: int = merged["recurrences"] or self.sampler.typical
@@ -250,7 +256,7 @@ class DepthLoop(Reasoner):
             self._check_depth(state, r)
         embedded, state = self.backbone.run(embedded, context, self.prelude, state)
         s = self._start(embedded, initial_state, generator)
-        kept = filled = None
+        kept = filled = previous = None
         if ragged:
             assert state is not None or not self.prelude.stop
             before = self.backbone.new_state() if state is None else state
@@ -262,6 +268,7 @@ class DepthLoop(Reasoner):
             without, _ = window.split(r)
             kept = []
             for i in range(r):
+                previous = s.detach()
                 with torch.no_grad() if i < without else nullcontext():
                     s, state, outputs = self.step(s, embedded, context, state, i, record)
                 kept.append(outputs)
@@ -269,7 +276,7 @@ class DepthLoop(Reasoner):
         hidden, state = self.finish(s, context, state)
         logits = self.backbone.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         state = None if state is None else state.advance(context)
-        return LoopOutput(hidden, logits, s, taken, state, kept if record else None, filled)
+        return LoopOutput(hidden, logits, s, taken, state, kept if record else None, filled, previous)
 
     def _start(self, embedded: Tensor, given: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if given is None:

@@ -39,6 +39,34 @@ def state_rms(state: Tensor, mask: Tensor | None = None) -> Tensor:
     return (squares / mask.sum(1).clamp(min=1)).sqrt()
 
 
+COLLAPSED = 0.99  # token correlation of a final state that says nothing about its position
+SAME_LOSS = 0.01  # relative gain of r recurrences over one that counts as none
+
+
+def diagnose(correlation: float, loss_at_one: float | None = None, loss: float | None = None) -> list[str]:
+    """The published failures that these numbers show, in words; an empty list when they show none.
+
+    Args:
+        correlation: mean :func:`token_correlation` of s_r; from 0.99 on the states have collapsed.
+        loss_at_one, loss: with one recurrence and with the usual number; where the second is not at least 1 % smaller, the
+            loop does not use its state. Untrained models are like that too.
+
+    The two borders are this library's; the source shows the failures without giving numbers.
+    """
+    found = []
+    if correlation >= COLLAPSED:
+        found.append(
+            f"all positions of a sequence are in nearly the same state (token correlation {correlation:.3f}); embedding "
+            "scale, a concatenating adapter and norms with weights prevented that in the source"
+        )
+    if loss_at_one is not None and loss is not None and loss > (1 - SAME_LOSS) * loss_at_one:
+        found.append(
+            f"more recurrences do not help (loss {loss_at_one:.4f} with one, {loss:.4f} with more): the loop does not use its "
+            "state so far; norms behind the residual (sandwich_post_residual) prevented that in the source"
+        )
+    return found
+
+
 def _mask(state: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)

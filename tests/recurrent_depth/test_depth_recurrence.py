@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentcot.reasoner import SPECIAL, AnswerLimits, Phase, Reasoner, Sites
-from latentcot.recurrent_depth import DepthRecurrence
+from latentcot.recurrent_depth import DepthRecurrence, diagnose, token_correlation
 from latentcot.sequences import constant, join, prompt
 from latentcot.training.budget import FlopCounter, count_parameters
 
@@ -31,6 +31,29 @@ def test_loss_is_that_of_answer_and_end_at_the_drawn_depth(method, make_batch, m
     torch.testing.assert_close(output.loss, -torch.stack(scored).mean(), atol=1e-10, rtol=0)
     output.loss.backward()
     assert method.adapter.weight.grad is not None
+
+
+def test_monitors_are_logged_and_warn_of_the_two_failures(make_backbone, make_batch, make_step):
+    method = DepthRecurrence(make_backbone(), {"sampler": {"kind": "fixed", "mean": 4}, "monitor_every": 5}).double()
+    quiet = DepthRecurrence(method.backbone, {"sampler": {"kind": "fixed", "mean": 4}}).double()
+    quiet.adapter = method.adapter
+    names = {"token_correlation", "relative_residual", "state_rms", "loss_at_one"}
+    batch = make_batch()
+    for step, logged in ((5, False), (4, True)):
+        output, plain = (m.loss(batch, make_step(Phase("train"), step=step)) for m in (method, quiet))
+        assert (output.parts.keys() >= names) == logged
+        assert torch.equal(output.loss, plain.loss)
+        assert (output.flops > plain.flops) == logged
+    assert output.parts["relative_residual"] > 0
+    with torch.no_grad():
+        method.adapter.weight[:, :32] = 0  # a loop that does not see its state
+    with pytest.warns(UserWarning, match="more recurrences do not help") as caught:
+        parts = method.loss(batch, make_step(Phase("train"), step=49)).parts
+    assert parts["relative_residual"] < 1e-10
+    assert len(caught) == 1
+    collapsed = torch.ones(1, 4, 8)
+    assert "nearly the same state" in diagnose(float(token_correlation(collapsed).mean()))[0]
+    assert diagnose(0.5, 2.0, 1.0) == []
 
 
 def test_answers_do_not_depend_on_the_batch_and_repeat(method, make_batch):
