@@ -30,8 +30,10 @@ __all__ = [
 TASKS: dict[str, str] = {
     "group": "latentcot.tasks.group:GroupTask",
     "chain": "latentcot.tasks.chain:ChainTask",
+    "mano": "latentcot.tasks.mano:ManoTask",
     "mqar": "latentcot.tasks.mqar:MQARTask",
     "needle": "latentcot.tasks.needle:NeedleTask",
+    "p_hop": "latentcot.tasks.p_hop:PHopTask",
     "prosqa": "latentcot.tasks.prosqa:ProsQATask",
     "prosqa_balanced": "latentcot.tasks.prosqa:ProsQABalancedTask",
     "prosqa_paper": "latentcot.tasks.prosqa:ProsQAPaperTask",

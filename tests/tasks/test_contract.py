@@ -25,6 +25,9 @@ VARIANTS = {
     "group-parity": ("group", {"group": "Z2", "min_difficulty": 10, "max_difficulty": 20}),
     "chain-23": ("chain", {}),
     "chain-7": ("chain", {"modulus": 7, "distractors": 0}),
+    "mano": ("mano", {}),
+    "mano-division": ("mano", {"modulus": 12, "division": True, "max_difficulty": 6}),
+    "p_hop": ("p_hop", {}),
     "prosqa": ("prosqa", {}),
     "prosqa_paper": ("prosqa_paper", {}),
     "prosqa_balanced": ("prosqa_balanced", {}),
@@ -39,6 +42,9 @@ FINGERPRINTS: dict[str, str] = {
     "group-parity": "e969e259ab",
     "chain-23": "435e157970",
     "chain-7": "3ebd4dca83",
+    "mano": "232a365a7d",
+    "mano-division": "09d9d145ce",
+    "p_hop": "59379bd7cc",
     "prosqa": "6809236168",
     "prosqa_paper": "33cc345907",
     "prosqa_balanced": "1f95eb8870",
@@ -202,7 +208,8 @@ def test_random_answers_are_right_by_chance(task):
         place = batch.prompts.mask.sum(1, keepdim=True) - 1 - torch.randint(0, 2, (2000, 1), generator=generator)
         guess = batch.prompts.ids.gather(1, place)
     else:
-        answers = task.config.modulus if task.name == "chain" else len(task.group)  # pyright: ignore
+        sizes = {"chain": "modulus", "mano": "modulus", "p_hop": "alphabet"}
+        answers = getattr(task.config, sizes[task.name]) if task.name in sizes else len(task.group)  # pyright: ignore
         guess = SPECIAL.count + torch.randint(0, answers, batch.answer_ids.shape, generator=generator)
         guess = guess.masked_fill(~batch.answer_mask, SPECIAL.pad)
     chance = task.chance(batch).mean().item()

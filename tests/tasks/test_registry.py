@@ -10,7 +10,8 @@ from latentcot.tasks import TASKS, Vocabulary, make_task, task_names, task_type
 
 
 def test_every_listed_task_is_made_under_its_name():
-    assert task_names() == ("chain", "group", "mqar", "needle", "prosqa", "prosqa_balanced", "prosqa_paper", "sudoku")
+    expected = "chain group mano mqar needle p_hop prosqa prosqa_balanced prosqa_paper sudoku"
+    assert task_names() == tuple(expected.split())
     for name in task_names():
         assert make_task(name).name == name
     assert set(TASKS) == set(task_names())
@@ -21,7 +22,7 @@ def test_every_listed_task_is_made_under_its_name():
     [
         (
             lambda: make_task("groups"),
-            "name: unknown task 'groups'; did you mean 'group'.* valid: chain, group, mqar, needle, prosqa",
+            "name: unknown task 'groups'; did you mean 'group'.* valid: chain, group, mano, mqar, needle, p_hop, prosqa",
         ),
         (lambda: make_task("xyzzy"), "name: unknown task 'xyzzy'; valid: chain, group"),
         (
