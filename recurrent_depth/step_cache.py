@@ -110,6 +110,11 @@ class StepCache:
         return gaps == "copy" and self.kind != "full" and self.linear == "per_step"
 
     @property
+    def copies(self) -> bool:
+        """Whether keys and values are laid into deeper recurrences when a token stops, so that reading is one look-up."""
+        return self.kind in ("latest", "available")
+
+    @property
     def hides(self) -> bool:
         """Whether attention may be kept from seeing some earlier tokens."""
         return self.kind == "skip" or self.compressed

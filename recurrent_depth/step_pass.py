@@ -60,18 +60,22 @@ class StepPass:
             self.depth = depth_of(past, loop.core.start)
             self.position = past.valid.long().cumsum(1) - 1
             self.deepest = int(self.depth.max()) if self.depth.numel() else 0
+            self.shallowest = int(self.depth.masked_fill(~past.valid, self.deepest).min()) if self.depth.numel() else 0
         else:
-            self.deepest = 0
+            self.deepest = self.shallowest = 0
         self.writes: dict[Place, list[tuple[Tensor, LayerState]]] = {}
         self.taken = torch.zeros(self.batch, dtype=torch.int64, device=context.positions.device)
         self.filled = torch.zeros_like(self.taken)
+        self._latest = (self.taken, context)
         self.left: list[tuple[Tensor, int, dict[int, Tensor], SequenceContext]] = []
 
     def context_of(self, rows: Tensor) -> SequenceContext:
         """The context of some rows; all of them when none has left."""
         if len(rows) == self.batch:
             return self.context
-        return SequenceContext.build(
+        if rows is self._latest[0]:  # rotary tables and masks are worked out once for each set of rows
+            return self._latest[1]
+        made = SequenceContext.build(
             len(rows),
             self.new,
             rows.device,
@@ -79,6 +83,8 @@ class StepPass:
             state=self.state_of(rows, {}),
             keep_state=True,
         )
+        self._latest = (rows, made)
+        return made
 
     def state_of(self, rows: Tensor, entries: dict[Place, LayerState]) -> ModelState:
         """A state of these rows with nothing in it but ``entries``."""
@@ -109,7 +115,11 @@ class StepPass:
             return None, None
         j = block - self.loop.core.start
         depth = self._of(self.depth, rows)
-        if self.policy.kind == "full" and (self.policy.linear == "per_step" or j in self.attention):
+        if (
+            self.policy.kind == "full"
+            and recurrence >= self.shallowest
+            and (self.policy.linear == "per_step" or j in self.attention)
+        ):
             self._refuse_gaps(depth, recurrence, block, rows)
         if j in self.linear:
             entry = self._linear(block, recurrence)
@@ -117,22 +127,27 @@ class StepPass:
         step = recurrence * self.core + j
         if self.policy.compressed:
             return self._slot(step, depth, rows)
-        source = self.policy.source(recurrence, step, depth, self._of(self.position, rows))
-        found: LayerState | None = None
+        if self.policy.kind in ("full", "skip"):
+            hidden = self.policy.hides and recurrence >= self.shallowest
+            entry = self.past.entries.get((block, recurrence))
+            found = self._empty(rows) if entry is None else self._rows((block, recurrence), self.past, rows)
+            return found, (depth > recurrence if hidden else None)
+        if self.policy.copies:  # each place holds every column, copies included
+            return self._rows((block, min(recurrence, self.deepest - 1)), self.past, rows), None
+        return self._gathered(
+            block, self.policy.source(recurrence, step, depth, self._of(self.position, rows)), rows
+        ), None
+
+    def _gathered(self, block: int, source: Tensor, rows: Tensor) -> LayerState:
+        """Each column from a recurrence of its own, ``source [n, T]``."""
+        found = self._empty(rows)
         for number in source.unique().tolist():
-            if number < 0:
-                continue
-            entry = self._rows((block, number), self.past, rows)
-            chosen = (source == number)[:, None, :, None]
-            found = (
-                entry
-                if found is None
-                else LayerState(
-                    entry.mixer, {name: torch.where(chosen, t, found[name]) for name, t in entry.tensors.items()}
-                )
-            )
-        seen = source >= 0 if self.policy.hides else None
-        return self._empty(rows) if found is None else found, seen
+            if number >= 0:
+                entry = self._rows((block, number), self.past, rows)
+                chosen = (source == number)[:, None, :, None]
+                tensors = {name: torch.where(chosen, t, found[name]) for name, t in entry.tensors.items()}
+                found = LayerState(entry.mixer, tensors)
+        return found
 
     def _refuse_gaps(self, depth: Tensor, recurrence: int, block: int, rows: Tensor) -> None:
         assert self.past.valid is not None
@@ -212,32 +227,58 @@ class StepPass:
         for place in [p for p in entries if self._in_core(p)]:
             if entries[place].mixer == ATTENTION:  # deeper than this pass went: nobody wrote, the columns stay in step
                 entries[place] = entries[place].map(lambda t: F.pad(t, (0, 0, 0, self.new)))
+        if self.policy.copies:
+            entries |= self._copied()
         for place, writes in self.writes.items():
-            entries[place] = self._joined(place, writes)
+            if not (self.policy.copies and writes[0][1].mixer == ATTENTION):  # those are joined above
+                entries[place] = self._joined(place, writes)
         old = self.taken.new_zeros(self.batch, 0) if self.past.is_fresh else self.depth
         depth = torch.cat([old, self.taken[:, None] * self.context.real_tokens], 1)
         return mark(replace(state, entries=entries), self.policy, depth)
+
+    def _copied(self) -> dict[Place, LayerState]:
+        """Keys and values of every recurrence, those of tokens that stopped before it copied from where they stopped."""
+        found = {}
+        for block in (self.loop.core.start + j for j in self.attention):
+            new: LayerState | None = None
+            for recurrence in range(max(self.deepest, int(self.taken.max()))):
+                new = self._new_columns(self.writes.get((block, recurrence), []), new)
+                if self.columns:
+                    past = self.past.entries[block, min(recurrence, self.deepest - 1)]
+                    joined = {name: torch.cat([past[name], t], -2) for name, t in new.tensors.items()}
+                    found[block, recurrence] = LayerState(ATTENTION, joined)
+                else:
+                    found[block, recurrence] = new
+        return found
+
+    def _new_columns(self, writes: list[tuple[Tensor, LayerState]], before: LayerState | None) -> LayerState:
+        """This pass's columns for all rows: what was written, else ``before``, else zeros."""
+        if not writes:
+            assert before is not None
+            return before
+        tensors = {}
+        for name, like in writes[0][1].tensors.items():
+            value = like.new_zeros(self.batch, *like.shape[1:]) if before is None else before[name]
+            for rows, entry in writes:
+                value = entry[name] if len(rows) == self.batch else value.index_copy(0, rows, entry[name])
+            tensors[name] = value
+        return LayerState(writes[0][1].mixer, tensors)
 
     def _in_core(self, place: Place) -> bool:
         return place[0] == SLOT_BLOCK or self.loop.core.start <= place[0] < self.loop.core.stop
 
     def _joined(self, place: Place, writes: list[tuple[Tensor, LayerState]]) -> LayerState:
-        mixer = writes[0][1].mixer
+        if writes[0][1].mixer != ATTENTION:
+            return self._new_columns(writes, self._linear(place[0], place[1]))
+        new = self._new_columns(writes, None)
+        if not self.columns:
+            return new
+        old = self.past.entries.get(place)
         tensors = {}
-        for name, like in writes[0][1].tensors.items():
-            if mixer == ATTENTION:
-                value = like.new_zeros(self.batch, *like.shape[1:])
-            else:
-                before = self._linear(place[0], place[1])
-                value = like.new_zeros(self.batch, *like.shape[1:]) if before is None else before[name]
-            for rows, entry in writes:
-                value = entry[name] if len(rows) == self.batch else value.index_copy(0, rows, entry[name])
-            if mixer == ATTENTION and self.columns:
-                old = self.past.entries.get(place)
-                shape = (*like.shape[1:-2], self.columns, like.shape[-1])
-                value = torch.cat([like.new_zeros(self.batch, *shape) if old is None else old[name], value], -2)
-            tensors[name] = value
-        return LayerState(mixer, tensors)
+        for name, t in new.tensors.items():
+            shape = (*t.shape[:-2], self.columns, t.shape[-1])
+            tensors[name] = torch.cat([t.new_zeros(shape) if old is None else old[name], t], -2)
+        return LayerState(ATTENTION, tensors)
 
 
 def run_pass(
