@@ -40,6 +40,9 @@ class HybridConfig(PreTrainedConfig):
             its like); options that are left out get their defaults. A mixer that was added to ``MIXERS`` takes its options under its
             own name in the same way.
         initializer_range: standard deviation of linear, embedding and head weights.
+        convolution_init: taps of short convolutions: ``normal``, of the same deviation (what the study's format does today), or
+            ``uniform`` within W^(-1/2) either way (what torch gives a depthwise convolution). At a deviation of 0.02 a narrow model's
+            values shrink below the epsilon of the norms behind them and it starts slowly; the CPU studies draw uniformly.
         tie_word_embeddings: head shares the embedding matrix.
         recompute_mlp: training keeps nothing of an MLP but its input and computes it again in backward: about half the activations of a
             block for its share of one more forward pass. Results are the same.
@@ -77,6 +80,7 @@ class HybridConfig(PreTrainedConfig):
         deltanet: dict[str, Any] | None = None,
         gated_deltanet: dict[str, Any] | None = None,
         initializer_range: float = 0.02,
+        convolution_init: str = "normal",
         tie_word_embeddings: bool = False,
         recompute_mlp: bool = False,
         loss_chunk: int | None = None,
@@ -127,6 +131,9 @@ class HybridConfig(PreTrainedConfig):
             setattr(self, name, _complete(name, given.get(name)))
         _refuse_misspelt(kwargs, [*given, *self.__dict__])
         self.initializer_range = initializer_range
+        if convolution_init not in ("normal", "uniform"):
+            raise ValueError(f"convolution_init: {convolution_init!r} given, expected 'normal' or 'uniform'")
+        self.convolution_init = convolution_init
         self.recompute_mlp = recompute_mlp
         if loss_chunk is not None and (not isinstance(loss_chunk, int) or loss_chunk < 1):
             raise ValueError(f"loss_chunk: {loss_chunk!r} given, expected a positive number of positions or None")

@@ -88,7 +88,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm) and module.weight is not None:
             initialization.ones_(module.weight)
         elif isinstance(module, Mixer):
-            module.init_weights(std)
+            module.init_weights(std, self.config.convolution_init)  # type: ignore[arg-type]
         elif isinstance(module, HybridModel) and module.lower_bounds is not None:
             initialization.zeros_(module.lower_bounds)
 

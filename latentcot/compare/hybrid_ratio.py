@@ -102,6 +102,7 @@ class RatioStudy:
             period=None if mixer == TRANSFORMER else period,
             intermediate_size=self.mlp_width,
             initializer_range=self.initializer_range,
+            convolution_init="uniform",
             embedding_scale=self.embedding_scale,
             tie_word_embeddings=True,
             bos_token_id=None,

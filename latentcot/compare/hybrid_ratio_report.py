@@ -71,6 +71,7 @@ def page(results: dict[str, Any], pictures: str = "hybrid-ratio") -> str:
     study, text, machine = results["study"], results["text"], results["machine"]
     mqar, seconds = study["mqar"], sum(run["training"]["seconds"] for run in results["runs"])
     most, layers = max(study["pairs"]), study["layers"]
+    heads = f"{study['heads']} head{'s' if study['heads'] > 1 else ''}"
     rates = " or ".join(f"{rate:g}" for rate in study["mqar_rates"])
     chosen = ", the better one on validation sequences" if len(study["mqar_rates"]) > 1 else ""
     lines = [
@@ -82,7 +83,7 @@ def page(results: dict[str, Any], pictures: str = "hybrid-ratio") -> str:
         "",
         "## What was run",
         "",
-        f"* {layers} layers of width {study['width']}, {study['heads']} heads, MLP {study['mlp_width']}, tied embeddings; "
+        f"* {layers} layers of width {study['width']}, {heads}, MLP {study['mlp_width']}, tied embeddings; "
         f"layer i is full attention if (i + 1) mod r = 0. The study's 24-1, 12-1, 6-1 and 3-1 are r = 24, 12, 6 and 3: of these "
         f"{layers} layers hold {', '.join(ratio_name(p) for p in _periods(results)) or 'none'}, "
         "beside pure and nothing but full attention.",

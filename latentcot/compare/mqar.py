@@ -2,7 +2,8 @@
 
 Protocol A of the literature (:data:`latentcot.tasks.mqar.PROTOCOL_A`) on this backbone. What differs from it, to be done in minutes:
 fewer examples (each seen once), one learning rate instead of the best of four, embeddings and matrices drawn with deviation 0.1
-instead of 0.02 (at 0.02 the same training takes several times as long to begin), a small MLP, RMSNorm, no dropout.
+instead of 0.02 (at 0.02 the same training takes several times as long to begin), uniform taps of
+convolutions, a small MLP, RMSNorm, no dropout.
 """
 
 import json
@@ -67,6 +68,7 @@ class MQARStudy:
             mixer=mixer,
             intermediate_size=self.mlp_width,
             initializer_range=0.1,
+            convolution_init="uniform",
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=None,

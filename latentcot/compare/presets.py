@@ -74,6 +74,7 @@ def quickstart() -> Comparison:
             "gated_deltanet": {"num_heads": 2, "head_dim": 32, "combine": "gate"},
             "intermediate_size": 128,
             "initializer_range": 0.1,
+            "convolution_init": "uniform",
         },
         methods=(
             MethodSpec("direct", "floor"),

@@ -110,7 +110,7 @@ def _make_layer(name: str) -> Layer:
     kind, values = LAYERS[name]
     torch.manual_seed(sorted(LAYERS).index(name))
     mixer = find_mixer(kind)[0](WIDTH, make_options(kind, values)).double()  # type: ignore[call-arg]
-    mixer.init_weights(0.3)
+    mixer.init_weights(0.3, "uniform")
     for key, parameter in mixer.named_parameters():
         if "norm" in key:
             parameter.data.normal_(1.0, 0.2)

@@ -59,6 +59,7 @@ def make(stack: str = "hybrid", dtype: torch.dtype = torch.float64, **changes) -
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "initializer_range": 0.2,
+        "convolution_init": "uniform",
         "eos_token_id": None,
         "pad_token_id": 0,
         **{name: options for name, options in SMALL.items() if name in MIXERS},

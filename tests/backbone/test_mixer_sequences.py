@@ -286,14 +286,19 @@ def test_one_context_serves_several_backward_passes():
 
 
 @pytest.mark.parametrize("mixer", ["deltanet", "gated_deltanet", "gla", "hgrn", "hgrn2"])
-def test_a_model_draws_the_taps_of_its_convolutions_and_loading_keeps_them(tmp_path, mixer):
+@pytest.mark.parametrize("how", ["normal", "uniform"])
+def test_a_model_draws_the_taps_of_its_convolutions_and_loading_keeps_them(tmp_path, mixer, how):
     options = {mixer: {**OPTIONS[mixer], "use_short_conv": True, "conv_size": 3}}
-    model = make_model([mixer] * 2, torch.float32, **options)
+    model = make_model([mixer] * 2, torch.float32, convolution_init=how, **options)
     taps = {name: p for name, p in model.named_parameters() if "conv1d" in name}
     assert len(taps) == 2 * (2 if mixer == "hgrn" else 3)
     for weight in taps.values():
-        assert 0.4 < weight.abs().max() <= 1 / math.sqrt(3)
-        assert weight.std() > 0.25
+        if how == "uniform":
+            assert 0.4 < weight.abs().max() <= 1 / math.sqrt(3)
+            assert weight.std() > 0.25
+        else:
+            assert 0.15 < weight.std() < 0.25  # the deviation of the linear layers, 0.2
+            assert weight.mean().abs() < 0.1
     model.save_pretrained(tmp_path)
     loaded = HybridForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())

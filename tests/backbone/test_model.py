@@ -200,6 +200,7 @@ def test_generate_by_beams_without_cache_and_with_a_chunked_prefill_agree():
         ({"gated_deltanet": {"heads": 2}}, "unknown option"),
         ({"norm_placement": "middle"}, "norm_placement"),
         ({"hidden_size": 0}, "hidden_size"),
+        ({"convolution_init": "he"}, "convolution_init"),
         ({"vocab_size": True}, "vocab_size"),
         ({"intermediate_size": -3}, "intermediate_size"),
         ({"intermediate_size": 0}, "intermediate_size"),

@@ -90,7 +90,7 @@ def test_R_3_rows_that_stop_at_different_depths_equal_the_rows_alone():
         model.adapter.weight[:, :32] *= 0.02  # forget the state fast, so that rows settle
     ids = torch.tensor([[11, 12, 13, 14], [14, 15, 16, 19]])
     start = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    start[1] *= 1e-4
+    start *= torch.tensor([100.0, 1e-4])[:, None, None]  # one row has far to go
     rule = ExitRule("latent_difference", 0.1)
     together = model.recur(ids, 20, initial_state=start, exit_rule=rule)
     assert together.recurrences.unique().numel() == 2

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from latentcot.backbone.context import SequenceContext
-from latentcot.backbone.mixers.convolution import ShortConvolution
+from latentcot.backbone.mixers.convolution import Initialization, ShortConvolution
 from latentcot.backbone.rotary import RotaryLayout, apply_rotary, rotary_table
 from latentcot.backbone.state import LayerState
 
@@ -35,10 +35,10 @@ class Mixer(nn.Module):
         """``hidden [B, S, D]`` to the same shape. The new state is returned when ``context.keep_state``, else ``None``."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def init_weights(self, std: float) -> None:
+    def init_weights(self, std: float, convolution: Initialization = "normal") -> None:
         """Initialise parameters that are neither linear, embedding nor norm weights (those the model fills itself)."""
-        for convolution in self.taps:
-            convolution.init_weights()
+        for each in self.taps:
+            each.init_weights(std, convolution)
 
     @property
     def taps(self) -> list[ShortConvolution]:

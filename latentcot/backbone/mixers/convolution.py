@@ -15,6 +15,8 @@ from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.state import LayerState
 from latentcot.kernels import short_convolution, short_convolution_qkv
 
+Initialization = Literal["normal", "uniform"]
+
 
 class ShortConvolution(nn.Module):
     """Holder of the depthwise taps, shape ``[width, 1, W]`` as in published checkpoints; tap W - 1 is the current token.
@@ -28,10 +30,13 @@ class ShortConvolution(nn.Module):
         with torch.no_grad():
             self.weight[..., -1] = 1
 
-    def init_weights(self) -> None:
-        """Uniform within :math:`\\pm W^{-1/2}`."""
-        limit = 1 / math.sqrt(self.weight.shape[-1])
-        initialization.uniform_(self.weight, -limit, limit)
+    def init_weights(self, std: float, how: Initialization) -> None:
+        """``normal``: deviation ``std``, as linear weights; ``uniform``: within :math:`\\pm W^{-1/2}`."""
+        if how == "normal":
+            initialization.normal_(self.weight, 0.0, std)
+        else:
+            limit = 1 / math.sqrt(self.weight.shape[-1])
+            initialization.uniform_(self.weight, -limit, limit)
 
     def flops(self, tokens: int, directions: int = 1) -> float:
         width, _, window = self.weight.shape

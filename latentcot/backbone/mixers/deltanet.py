@@ -29,7 +29,7 @@ from latentcot.backbone.mixers.base import (
     scaled_width,
     shut,
 )
-from latentcot.backbone.mixers.convolution import ShortConvolution, convolve_qkv
+from latentcot.backbone.mixers.convolution import Initialization, ShortConvolution, convolve_qkv
 from latentcot.backbone.mixers.features import FEATURE_MAPS, QK_NORMS
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
@@ -116,8 +116,8 @@ class DeltaNet(Mixer):
     def taps(self) -> list[ShortConvolution]:
         return [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.options.use_short_conv else []
 
-    def init_weights(self, std: float) -> None:
-        super().init_weights(std)
+    def init_weights(self, std: float, convolution: Initialization = "normal") -> None:
+        super().init_weights(std, convolution)
         if self.options.combine == "gate":
             initialization.copy_(self.direction, direction_start(self.heads))
 

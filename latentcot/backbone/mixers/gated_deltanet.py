@@ -34,7 +34,7 @@ from latentcot.backbone.mixers.base import (
     scaled_width,
     shut,
 )
-from latentcot.backbone.mixers.convolution import ShortConvolution, convolve_qkv
+from latentcot.backbone.mixers.convolution import Initialization, ShortConvolution, convolve_qkv
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
 from latentcot.kernels import Bidirectional, delta_rule, gated_delta_net, l2_norm
@@ -110,8 +110,8 @@ class GatedDeltaNet(Mixer):
     def taps(self) -> list[ShortConvolution]:
         return [self.q_conv1d, self.k_conv1d, self.v_conv1d] if self.options.use_short_conv else []
 
-    def init_weights(self, std: float) -> None:
-        super().init_weights(std)
+    def init_weights(self, std: float, convolution: Initialization = "normal") -> None:
+        super().init_weights(std, convolution)
         # A ~ U(0, 16): the open end is kept off zero, whose logarithm does not exist
         initialization.copy_(self.A_log, torch.empty(self.v_heads).uniform_(1e-4, 16).log())
         dt = torch.empty(self.v_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
