@@ -153,12 +153,9 @@ def test_starting_weights_have_the_published_deviations():
     plain, small = math.sqrt(2 / (5 * 128)), math.sqrt(1 / (5 * 128 * shape.effective_depth))
     left = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))  # of the cut
     layer: Any = model.backbone.model.layers[1]
-    for weight in (
-        model.adapter.weight,
-        layer.mlp.up_proj.weight,
-        layer.attn.q_proj.weight,
-        model.backbone.lm_head.weight,
-    ):
+    head: Any = model.backbone.lm_head
+    for weight in (model.adapter.weight, layer.mlp.up_proj.weight, layer.attn.q_proj.weight, head.weight):
+        assert isinstance(weight, torch.Tensor)
         assert weight.std().item() == pytest.approx(plain * left, rel=0.02)
     for weight in (layer.attn.o_proj.weight, layer.mlp.down_proj.weight):
         assert weight.std().item() == pytest.approx(small * left, rel=0.02)
