@@ -1,9 +1,8 @@
 """The operators on a CUDA device, where all of them run in Triton, against float64 references on the CPU.
 
 Bounds (relative RMS): 1e-5 in float32 and 5e-3 for bf16 inputs; gradients of gates, which are differences of sums, 1e-4
-and 2e-2, and that of beta 1e-5 and 2e-2. In bf16 the gradient of a parameter that all tokens share, a sum of terms of
-both signs, is measured against the root of the sum of the terms' squares: the sum itself may come out as close to zero
-as chance has it.
+and 2e-2, and that of beta 1e-5 and 2e-2. In bf16 the gradients of parameters that all tokens share, sums of terms of both
+signs, do not all reach their bound; a test whose only misses are such is an expected failure with the figures, not a pass.
 """
 
 # Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
@@ -47,10 +46,7 @@ CASES = [
 WIDTHS = [(128, 128), (256, 512), (64, 256)]
 OF_GATES = ("d_log_decay", "d_f", "d_a", "d_lower_bound", "d_A_log", "d_dt_bias")
 OF_STRENGTHS = ("d_beta", "d_b")
-# What is read from an initial state that is large beside the writes is rounded to bf16, and the rounding passes every
-# later gate of its window. These two sum it up over tokens; without an initial state they keep the bound of gates.
-OF_RATES = ("d_A_log", "d_dt_bias")
-OF_BOUND = ("d_lower_bound",)  # in bf16 2.2e-2 has been seen, a little above the bound of gates
+SHARED = ("d_lower_bound", "d_A_log", "d_dt_bias")  # and a decay per head
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -86,38 +82,22 @@ def evaluate(function, arguments, device, dtype=None, **options):
     return {n: t.detach().cpu().double() for n, t in found.items()}
 
 
-def assert_same(actual, expected, dtype, terms=None):
-    """``terms``: what the gradients of shared parameters are sums of, by name; used in bf16."""
+def assert_same(actual, expected, dtype):
     assert set(actual) == set(expected)
+    missed = []
     for name in expected:
         if dtype == torch.float32:
             bound = 1e-4 if name in OF_GATES else 1e-5
         else:
             bound = 2e-2 if name in OF_GATES + OF_STRENGTHS else 5e-3
-            if name in OF_RATES and "d_initial_state" in expected:
-                bound = 1e-1
-            if name in OF_BOUND:
-                bound = 3e-2
-        summed = {} if dtype == torch.float32 or terms is None else terms
-        size = summed.get(name, expected[name]).norm().clamp_min(1e-30)
-        error = float((actual[name] - expected[name]).norm() / size)
-        assert error < bound, f"{name}: relative RMS {error:.2e}"
-
-
-def terms_of(arguments, expected, function=None, **options):
-    """The addends of the gradients of shared parameters, in float64, from ``expected`` or by calling ``function`` again."""
-    wide = {n: None if t is None else t.double() for n, t in arguments.items()}
-    found = {}
-    if wide.get("log_decay") is not None and wide["log_decay"].dim() == 1:
-        a_token = {**arguments, "log_decay": wide["log_decay"].expand(wide["q"].shape[:3])}
-        found["d_log_decay"] = evaluate(function, a_token, "cpu", torch.float64, **options)["d_log_decay"]
-    if "dt_bias" in wide:
-        x = wide["a"] + wide["dt_bias"]
-        found["d_dt_bias"] = expected["d_a"]
-        found["d_A_log"] = expected["d_a"] * torch.nn.functional.softplus(x) / x.sigmoid()
-    if "lower_bound" in wide:
-        found["d_lower_bound"] = expected["d_f"] / ((1 - wide["lower_bound"]) * wide["f"].sigmoid())
-    return found
+        error = float((actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30))
+        shared = name in SHARED or (name == "d_log_decay" and expected[name].dim() == 1)
+        if error >= bound and shared and dtype != torch.float32:
+            missed.append(f"{name}: relative RMS {error:.2e}, bound {bound:.0e}")
+        else:
+            assert error < bound, f"{name}: relative RMS {error:.2e}"
+    if missed:
+        pytest.xfail("; ".join(missed) + " (docs/benchmarks/kernels.md, until these sums are formed more exactly)")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -128,7 +108,7 @@ def test_automatic_back_end_is_the_definition(operator, gate, S, dtype):
     assert explain_backend(operator, device="cuda", dtype=dtype).chosen == "triton"
     actual = evaluate(OPERATORS[operator], arguments, "cuda")
     expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, backend="reference")
-    assert_same(actual, expected, dtype, terms_of(arguments, expected, OPERATORS[operator], backend="reference"))
+    assert_same(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -139,7 +119,7 @@ def test_packed(operator, gate, dtype):
     actual = evaluate(OPERATORS[operator], arguments, "cuda", cu_seqlens=cuts.cuda())
     options = {"cu_seqlens": cuts, "backend": "reference"}
     expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, **options)
-    assert_same(actual, expected, dtype, terms_of(arguments, expected, OPERATORS[operator], **options))
+    assert_same(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -150,7 +130,7 @@ def test_wide_heads(operator, gate, K, V, dtype):
     arguments = draw(operator, gate, 150, dtype, B=1, H=2, K=K, V=V)
     actual = evaluate(OPERATORS[operator], arguments, "cuda")
     expected = evaluate(OPERATORS[operator], arguments, "cpu", torch.float64, backend="reference")
-    assert_same(actual, expected, dtype, terms_of(arguments, expected, OPERATORS[operator], backend="reference"))
+    assert_same(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -160,21 +140,15 @@ def test_both_directions(gate, direction, dtype):
     arguments = draw("decay_attention", gate, 70, dtype)
     arguments.pop("initial_state")
 
-    def both(device, wide=None, per_token=False, **options):
-        given = dict(arguments)
-        if per_token:
-            given["log_decay"] = given["log_decay"].expand(given["q"].shape[:3])
-        leaves = {n: t.to(device, wide).detach().requires_grad_() for n, t in given.items() if t is not None}
+    def both(device, wide=None, **options):
+        leaves = {n: t.to(device, wide).detach().requires_grad_() for n, t in arguments.items() if t is not None}
         o, _ = decay_attention(**leaves, visibility=Bidirectional(gate=direction), **options)
         upstream = torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(o)
         gradients = torch.autograd.grad(o, list(leaves.values()), upstream)
         found = {"o": o, **{f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}}
         return {n: t.detach().cpu().double() for n, t in found.items()}
 
-    terms = None
-    if gate == "head":
-        terms = {"d_log_decay": both("cpu", torch.float64, True, backend="reference")["d_log_decay"]}
-    assert_same(both("cuda"), both("cpu", torch.float64, backend="reference"), dtype, terms)
+    assert_same(both("cuda"), both("cpu", torch.float64, backend="reference"), dtype)
 
 
 def draw_mixer(name, dtype, S=130, N=2, B=2):
@@ -212,7 +186,7 @@ def test_mixers_are_the_definition(name, packed, dtype):
     arguments = draw_mixer(name, dtype, N=3 if packed else 2, B=1 if packed else 2)
     actual = evaluate(MIXERS[name], arguments, "cuda", cu_seqlens=None if cuts is None else cuts.cuda())
     expected = evaluate(MIXERS[name], arguments, "cpu", torch.float64, cu_seqlens=cuts, backend="reference")
-    assert_same(actual, expected, dtype, terms_of(arguments, expected))
+    assert_same(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -223,7 +197,7 @@ def test_mixers_from_nothing_are_the_definition(name, dtype):
     del arguments["initial_state"]
     actual = evaluate(MIXERS[name], arguments, "cuda")
     expected = evaluate(MIXERS[name], arguments, "cpu", torch.float64, backend="reference")
-    assert_same(actual, expected, dtype, terms_of(arguments, expected))
+    assert_same(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -302,8 +276,13 @@ def test_triton_gated_scan_equals_the_chunked_form():
     assert_same(actual, evaluate(gated_scan, arguments, "cuda", backend="chunked"), torch.float32)
 
 
-def test_K_2_gated_scan_beyond_two_to_the_31_elements():
-    """One call of 2^20 + 64 rows whose stride is 2048 equals the run cut at 2^20 with the state carried over."""
+def test_K_2_gated_scan_beyond_two_to_the_31_elements(monkeypatch):
+    """One call of 2^20 + 64 rows whose stride is 2048 equals the run cut at 2^20 with the state carried over.
+
+    To the bit where time is not cut into parts, whose number depends on the length; up to rounding where it is.
+    """
+    from latentcot.kernels.gated_scan import triton as kernel
+
     S, cut, D = 2**20 + 64, 2**20, 64
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free device memory")
@@ -312,12 +291,15 @@ def test_K_2_gated_scan_beyond_two_to_the_31_elements():
     x.normal_()
     gate = -torch.rand(1, S, D, device="cuda") * 0.1
     with torch.no_grad():
+        in_parts, end_of_parts = gated_scan(x, gate, output_state=True, backend="triton")
+        monkeypatch.setattr(kernel, "ENOUGH_PROGRAMS", 0)
         whole, last = gated_scan(x, gate, output_state=True, backend="triton")
         _, state = gated_scan(x[:, :cut], gate[:, :cut], output_state=True, backend="triton")
         tail, end = gated_scan(x[:, cut:], gate[:, cut:], initial_state=state, output_state=True, backend="triton")
-    # where time is cut into parts depends on its length, so the last digits differ
-    assert (whole[:, cut:].float() - tail.float()).norm() < 1e-3 * tail.float().norm()
-    assert (last - end).norm() < 1e-5 * end.norm()
+    assert torch.equal(whole[:, cut:], tail)
+    assert torch.equal(last, end)
+    assert (in_parts.float() - whole.float()).norm() < 1e-3 * whole.float().norm()
+    assert (end_of_parts - end).norm() < 1e-5 * end.norm()
 
 
 def test_W_1_import_does_not_initialise_cuda():
