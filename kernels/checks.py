@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from latentcot.kernels.visibility import BlockCausal, Visibility
+
 
 def check_tensors(operator: str, **tensors: Tensor | None) -> None:
     """Every given tensor is floating and on the device of the first one."""
@@ -103,6 +105,22 @@ def check_widths(operator: str, K: int, V: int) -> None:
 
 
 _counted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # offsets that were checked -> (their version, S)
+
+
+def check_block_lengths(
+    operator: str, lengths: Tensor | None, batch: int, visibility: Visibility, cu_seqlens: Tensor | None
+) -> None:
+    """Lengths of right-padded rows: whole numbers, one a row, and only where a block form asks for them."""
+    if lengths is None:
+        return
+    if not isinstance(visibility, BlockCausal):
+        raise ValueError(f"{operator}: lengths belong to BlockCausal, got visibility {visibility}")
+    if cu_seqlens is not None:
+        raise ValueError(f"{operator}: cu_seqlens and lengths describe the same thing two ways; give one")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        given = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{operator}: lengths is {given}, expected an int32 or int64 tensor of shape [B]")
+    check_shape(operator, "lengths", lengths, "[B]", (batch,))
 
 
 def offset_count(operator: str, cu_seqlens: Tensor | None, batch: int, length: int) -> int:

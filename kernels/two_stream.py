@@ -29,6 +29,7 @@ def block_two_stream(
     cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
     direction_gate: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""The clean and the noisy copy of a sequence in one pass, as block diffusion trains (arXiv:2503.09573).
 
@@ -62,6 +63,8 @@ def block_two_stream(
             :func:`latentcot.kernels.explain_backend`).
         direction_gate: ``[H_v]`` in [0, 1], delta rule with ``inside="bilinear"`` or ``"decayed"``: the weight of the
             forward direction in both streams; None is the average.
+        lengths: ``[B]`` real tokens of right-padded rows, the same for both streams (not together with ``cu_seqlens``):
+            the softmax inside a block leaves padded keys out. Padded tokens must be neutral: k, beta and g zero.
 
     Returns:
         ``(o_clean [B,S,H_v,V], o_noisy [B,S,H_v,V], state [N,H_v,K,V] or None)``: outputs have the dtype of their v,
@@ -89,6 +92,7 @@ def block_two_stream(
     N = B if offsets is None else len(offsets) - 1
     if initial_state is not None:
         checks.check_shape(NAME, "initial_state", initial_state, "[N,H_v,K,V]", (N, Hv, K, V))
+    checks.check_block_lengths(NAME, lengths, B, visibility, cu_seqlens)
     dtype = checks.compute_dtype(*clean[:3], *noisy[:3])
     chosen = choose_backend(family, clean.q.device, dtype, backend).chosen
     for label, x in (("clean", clean), ("noisy", noisy)):
@@ -116,7 +120,7 @@ def block_two_stream(
             K**-0.5 if scale is None else float(scale),
             initial_state=initial_state,
             output_state=output_state,
-            lengths=None if packing is None else packing.lengths,
+            lengths=lengths if packing is None else packing.lengths,
             direction_gate=direction_gate,
         )
     assert o_noisy is not None

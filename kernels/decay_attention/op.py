@@ -27,6 +27,7 @@ def decay_attention(
     cu_seqlens: Tensor | None = None,
     visibility: Visibility = Causal(),
     backend: Backend = "auto",
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Linear attention whose memory fades: :math:`S_t = \mathrm{diag}(e^{g_t}) S_{t-1} + k_t^\top v_t`,
     :math:`o_t = s\, q_t S_t`.
@@ -46,6 +47,8 @@ def decay_attention(
             in both directions; ``BlockCausal(length, ...)``: see there.
         backend: ``"auto"``, ``"triton"``, ``"compiled"``, ``"chunked"`` or ``"reference"`` (see
             :func:`latentcot.kernels.explain_backend`).
+        lengths: ``[B]`` real tokens of right-padded rows, with ``BlockCausal`` (not together with ``cu_seqlens``): the
+            softmax inside a block leaves padded keys out. Padded tokens must be neutral (see Returns).
 
     Returns:
         ``(o [B,S,H,V], state [N,H,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64
@@ -70,6 +73,7 @@ def decay_attention(
     N = checks.offset_count(NAME, cu_seqlens, B, S)
     if initial_state is not None:
         checks.check_shape(NAME, "initial_state", initial_state, "[N,H,K,V]", (N, H, K, V))
+    checks.check_block_lengths(NAME, lengths, B, visibility, cu_seqlens)
     wide = dtype
     if chosen == "triton":
         checks.check_widths(NAME, K, V)
@@ -106,7 +110,7 @@ def decay_attention(
                 factor,
                 initial_state=initial_state,
                 output_state=output_state,
-                lengths=None if packing is None else packing.lengths,
+                lengths=lengths if packing is None else packing.lengths,
             )
         else:
             o, state = _causal(q, k, v, log_decay, factor, initial_state, output_state, chosen)

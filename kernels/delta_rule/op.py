@@ -29,6 +29,7 @@ def delta_rule(
     visibility: Visibility = Causal(),
     backend: Backend = "auto",
     direction_gate: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Memory that erases what a key held before it writes.
 
@@ -59,6 +60,8 @@ def delta_rule(
             :func:`latentcot.kernels.explain_backend`).
         direction_gate: ``[H_v]`` in [0, 1], with ``combine="gate"``, and instead of the average with
             ``BlockCausal(inside="bilinear")`` and ``BlockCausal(inside="decayed")``.
+        lengths: ``[B]`` real tokens of right-padded rows, with ``BlockCausal`` (not together with ``cu_seqlens``): the
+            softmax inside a block leaves padded keys out. Padded tokens must be neutral (see Returns).
 
     Returns:
         ``(o [B,S,H_v,V], state [N,H_v,K,V] or None)``: o has the dtype of v, the state is float32 (float64 for float64
@@ -82,6 +85,7 @@ def delta_rule(
     N = checks.offset_count(NAME, cu_seqlens, B, S)
     if initial_state is not None:
         checks.check_shape(NAME, "initial_state", initial_state, "[N,H_v,K,V]", (N, Hv, K, V))
+    checks.check_block_lengths(NAME, lengths, B, visibility, cu_seqlens)
     wide = dtype
     if chosen == "triton":
         checks.check_widths(NAME, K, V)
@@ -124,7 +128,7 @@ def delta_rule(
                 factor,
                 initial_state=initial_state,
                 output_state=output_state,
-                lengths=None if packing is None else packing.lengths,
+                lengths=lengths if packing is None else packing.lengths,
                 direction_gate=direction_gate,
             )
         else:

@@ -220,6 +220,28 @@ def test_packed_is_the_loop_over_sequences(operator, gate, inside, write, with_s
     assert_same(actual, evaluated(loop, tensors, 4, inside, write), torch.float64)
 
 
+@pytest.mark.parametrize("operator", ["decay_attention", "delta_rule"])
+def test_right_padded_rows_are_the_rows_alone(operator, random_inputs):
+    """Lengths keep padded keys, which are zero, out of the softmax inside a block; a row may hold nothing but padding."""
+    tensors = two_streams(random_inputs, operator, gate="token", B=3)
+    lengths = torch.tensor([S, 6, 0])
+    for name in set(tensors) - {"initial_state"}:
+        real = torch.arange(S) < lengths[:, None]
+        tensors[name] = tensors[name] * real.view(3, S, *[1] * (tensors[name].dim() - 2))
+    clean, noisy, state = in_one_pass(tensors, 4, "softmax", "recurrent", lengths=lengths)
+    function = delta_rule if operator == "delta_rule" else decay_attention
+    single, _ = function(**stream(tensors, "c_"), visibility=BlockCausal(4), initial_state=tensors["initial_state"],
+                         lengths=lengths)  # fmt: skip
+    for row, n in enumerate(lengths.tolist()):
+        alone = {m: t[row : row + 1] if m == "initial_state" else t[row : row + 1, :n] for m, t in tensors.items()}
+        expected = in_one_pass(alone, 4, "softmax", "recurrent")
+        for got, right in zip((clean[row, :n], noisy[row, :n], state[row]), expected, strict=True):
+            torch.testing.assert_close(got, right[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(single[row, :n], expected[0][0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="lengths belong to BlockCausal"):
+        function(**stream(tensors, "c_"), lengths=lengths)
+
+
 @pytest.mark.parametrize(("inside", "write"), [f for f in FORMS if f[0] in ("bilinear", "decayed")])
 def test_a_direction_gate_weighs_the_scans_of_both_streams(inside, write, random_inputs):
     tensors = two_streams(random_inputs, "delta_rule", gate="token")
