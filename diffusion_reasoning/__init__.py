@@ -6,22 +6,52 @@ positions, R rows of one pass. Time runs from 0 (clean) to 1 (all masked). NFE =
 ``README.md`` here.
 """
 
-from latentcot.diffusion_reasoning.confidence import CONFIDENCES, Confidence, Proposal
+from latentcot.diffusion_reasoning.block_plan import quota_table
+from latentcot.diffusion_reasoning.carry import CARRIES, Carry, SoftMask, make_carry
+from latentcot.diffusion_reasoning.confidence import CONFIDENCES, Confidence, Proposal, register_order
 from latentcot.diffusion_reasoning.corruption import Corruption, corrupt, subs_logprobs
-from latentcot.diffusion_reasoning.denoiser import BackboneDenoiser, Denoiser, as_denoiser
-from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig, ancestral, low_confidence
+from latentcot.diffusion_reasoning.denoiser import BackboneDenoiser, Denoiser, as_denoiser, shift_right
+from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
+from latentcot.diffusion_reasoning.named_samplers import (
+    ancestral,
+    dream,
+    easy_first,
+    first_hitting,
+    low_confidence,
+    named_sampler,
+)
 from latentcot.diffusion_reasoning.objective import DiffusionLoss, diffusion_loss
-from latentcot.diffusion_reasoning.quota import Bernoulli, Cosine, PassView, Quota, Threshold, Uniform, quota_table
+from latentcot.diffusion_reasoning.quota import (
+    QUOTAS,
+    Bernoulli,
+    Cosine,
+    Dream,
+    EasyFirst,
+    EntropyBudget,
+    Factor,
+    FirstHitting,
+    PassView,
+    Quota,
+    Threshold,
+    Uniform,
+    register_quota,
+)
 from latentcot.diffusion_reasoning.reasoner import MaskedDiffusion
-from latentcot.diffusion_reasoning.remasking import Remasking, ReMDM, Revise, posterior
-from latentcot.diffusion_reasoning.samplers import DiffusionOutput, diffusion_generate
+from latentcot.diffusion_reasoning.remasking import REMASKINGS, Remasking, ReMDM, Revise, posterior, register_remask
+from latentcot.diffusion_reasoning.samplers import DiffusionOutput, diffusion_generate, fill_block
 from latentcot.diffusion_reasoning.schedule import SCHEDULES, NoiseSchedule, sample_times
+from latentcot.diffusion_reasoning.stopping import unigram_entropy
+from latentcot.diffusion_reasoning.trajectory import Trajectory
 
 __all__ = [
+    "CARRIES",
     "CONFIDENCES",
+    "QUOTAS",
+    "REMASKINGS",
     "SCHEDULES",
     "BackboneDenoiser",
     "Bernoulli",
+    "Carry",
     "Confidence",
     "Corruption",
     "Cosine",
@@ -29,6 +59,11 @@ __all__ = [
     "DiffusionGenerationConfig",
     "DiffusionLoss",
     "DiffusionOutput",
+    "Dream",
+    "EasyFirst",
+    "EntropyBudget",
+    "Factor",
+    "FirstHitting",
     "MaskedDiffusion",
     "NoiseSchedule",
     "PassView",
@@ -37,16 +72,29 @@ __all__ = [
     "ReMDM",
     "Remasking",
     "Revise",
+    "SoftMask",
     "Threshold",
+    "Trajectory",
     "Uniform",
     "ancestral",
     "as_denoiser",
     "corrupt",
     "diffusion_generate",
     "diffusion_loss",
+    "dream",
+    "easy_first",
+    "fill_block",
+    "first_hitting",
     "low_confidence",
+    "make_carry",
+    "named_sampler",
     "posterior",
     "quota_table",
+    "register_order",
+    "register_quota",
+    "register_remask",
     "sample_times",
+    "shift_right",
     "subs_logprobs",
+    "unigram_entropy",
 ]

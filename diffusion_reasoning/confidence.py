@@ -17,6 +17,7 @@ A confidence is any callable from a :class:`Proposal` to ``[n]``. Equal confiden
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +79,18 @@ CONFIDENCES: dict[str, Confidence] = {
     f.__name__: f for f in (prob, prob_tempered, margin, neg_entropy, random, left_to_right)
 }
 
-ON_UNIT_SCALE = frozenset({"prob", "prob_tempered", "margin", "random"})
+
+def register_order(name: str, confidence: Confidence, on_unit_scale: bool = False) -> None:
+    """Give a confidence of your own a name for ``DiffusionGenerationConfig(order=name)``. ``on_unit_scale``: its values
+    lie within 0..1, so that thresholds fit it. ``ValueError`` when the name is taken."""
+    if name in CONFIDENCES:
+        raise ValueError(f"name: there is a confidence {name!r} already")
+    CONFIDENCES[name] = confidence
+    if on_unit_scale:
+        ON_UNIT_SCALE.add(name)
+
+
+ON_UNIT_SCALE = {"prob", "prob_tempered", "margin", "random"}
 """Confidences within 0..1, which a threshold can be held against."""
 
 
@@ -91,16 +103,22 @@ def find_confidence(order: str | Confidence) -> Confidence:
     return CONFIDENCES[order]
 
 
-def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+TopPRule = Literal["keep_crossing", "drop_crossing"]
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None, rule: TopPRule = "keep_crossing") -> Tensor:
     """``logits [n, V]`` with everything outside the top k, then outside the nucleus, at minus infinity.
 
-    The nucleus is the smallest set of likeliest tokens whose mass exceeds ``top_p``; the token that crosses it is kept.
+    ``keep_crossing``: the nucleus is the smallest set of likeliest tokens whose mass exceeds ``top_p``, the token that
+    crosses it included (Dream). ``drop_crossing``: tokens whose running mass is at most ``top_p`` (MDLM's family). The
+    likeliest token always stays.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(~_best(logits, top_k), -torch.inf)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered <= top_p
+        kept = ordered.cumsum(-1) - (ordered if rule == "keep_crossing" else 0.0) <= top_p
+        kept[..., 0] = True
         logits = logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -torch.inf)
     return logits
 

@@ -9,7 +9,8 @@ any device, whatever its padding; and all of them come out of a few vectorised i
 import torch
 from torch import Tensor
 
-STREAMS = {"token": 0, "reveal": 1, "order": 2, "remask": 3}
+STREAMS = {"token": 0, "reveal": 1, "order": 2, "remask": 3, "clock": 2**40, "selection": 2**40 + 1}
+"""Four to a pass, and two that came later behind all of them, so that older draws are as they were."""
 
 
 def _signed(value: int) -> int:

@@ -21,7 +21,8 @@ from torch import Tensor
 from latentcot.backbone import HybridForCausalLM, SequenceContext
 from latentcot.diffusion_reasoning.corruption import check_mask_id
 from latentcot.diffusion_reasoning.denoiser import BackboneDenoiser
-from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig, ancestral, low_confidence
+from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
+from latentcot.diffusion_reasoning.named_samplers import ancestral, low_confidence
 from latentcot.diffusion_reasoning.noise import seeds_from_tokens
 from latentcot.diffusion_reasoning.objective import diffusion_loss
 from latentcot.diffusion_reasoning.samplers import DiffusionOutput, Hook, diffusion_generate

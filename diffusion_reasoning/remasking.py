@@ -14,13 +14,16 @@ for :math:`0 \le \sigma \le \sigma_{max} = \min(1, (1-\alpha_s)/\alpha_t)` (1 wh
 sigma, the share of clean tokens at s is :math:`\alpha_s`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latentcot.diffusion_reasoning.corruption import check_logits, check_maskable
+from latentcot.diffusion_reasoning.quota import ranks
+from latentcot.diffusion_reasoning.schedule import NoiseSchedule
 
 
 def posterior(
@@ -72,27 +75,109 @@ def sigma_max(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     return torch.where(alpha_t > 0, (1 - alpha_s) / alpha_t.clamp(min=1e-300), 1.0).clamp(max=1.0)
 
 
+REMDM_VARIANTS = ("cap", "rescale", "conf", "loop", "forward_backward")
+_PUBLISHED_ETA = {"cap": 0.008, "rescale": 0.015, "loop": 0.02}
+
+
 @dataclass(frozen=True)
 class ReMDM:
-    """Re-mask each revealed token of the canvas with probability sigma in every step of the ancestral sampler.
+    r"""Re-mask revealed tokens of the canvas in every step of the ancestral sampler (arXiv:2503.00307).
 
-    ``cap``: sigma = min(eta, sigma_max) (published runs: 0.008); ``rescale``: sigma = eta · sigma_max (0.015).
+    ==================== ========================================================================== =============
+    variant              :math:`\sigma_t`                                                            published eta
+    ==================== ========================================================================== =============
+    ``cap``              :math:`\min(\eta, \sigma_{max})`                                            0.008
+    ``rescale``          :math:`\eta\,\sigma_{max}`                                                  0.015
+    ``conf``             :math:`\sigma_{max}` shared out by a softmax of :math:`-p_i`, the            –
+                         probability of token i when it was last revealed; 0 at masked positions
+    ``loop``             0 before ``t_on`` and after ``t_off``; between them                        0.02
+                         :math:`\min(\eta, \sigma_{max})` with the share of clean tokens held at
+                         ``alpha_on``
+    ``forward_backward`` :math:`(\alpha_s - \alpha_t)/\alpha_t`                                      –
+    ==================== ========================================================================== =============
+
+    All are cut at :math:`\sigma_{max}`. ``loop`` brings a schedule of its own, linear from 0 at t = 1 to ``alpha_on`` at
+    ``t_on``, and from there at ``t_off`` to 1 at t = 0; both ends of a step are read off that one curve.
+
+    Args:
+        eta: strength; ``None`` = the published value. ``conf`` and ``forward_backward`` have none.
+        variant: see the table.
+        t_on, t_off, alpha_on: of ``loop`` (published: 0.55, 0.05, 0.9).
+
+    Raises:
+        ValueError: unknown variant, eta below 0 (above 1 for ``rescale``) or given where there is none, times out of
+            order.
     """
 
-    eta: float = 0.008
-    variant: Literal["cap", "rescale"] = "cap"
+    eta: float | None = None
+    variant: Literal["cap", "rescale", "conf", "loop", "forward_backward"] = "cap"
+    t_on: float = 0.55
+    t_off: float = 0.05
+    alpha_on: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.variant not in ("cap", "rescale"):
-            raise ValueError(f"variant: {self.variant!r} given, expected 'cap' or 'rescale'")
-        if not self.eta >= 0.0 or (self.variant == "rescale" and self.eta > 1.0):
+        if self.variant not in REMDM_VARIANTS:
+            raise ValueError(f"variant: {self.variant!r} given, expected one of {', '.join(map(repr, REMDM_VARIANTS))}")
+        if self.eta is not None and self.variant not in _PUBLISHED_ETA:
+            raise ValueError(f"eta: ReMDM's variant {self.variant!r} has none, got {self.eta}")
+        if not self.strength >= 0.0 or (self.variant == "rescale" and self.strength > 1.0):
             raise ValueError(
                 f"eta: expected eta >= 0{' and <= 1' if self.variant == 'rescale' else ''}, got {self.eta}"
             )
+        if not 0.0 < self.t_off < self.t_on < 1.0 or not 0.0 < self.alpha_on < 1.0:
+            raise ValueError(
+                "t_on, t_off, alpha_on: expected 0 < t_off < t_on < 1 and 0 < alpha_on < 1, got "
+                f"{self.t_on}, {self.t_off} and {self.alpha_on}"
+            )
 
-    def sigma(self, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
-        highest = sigma_max(alpha_t, alpha_s)
-        return highest.clamp(max=self.eta) if self.variant == "cap" else self.eta * highest
+    @property
+    def strength(self) -> float:
+        """``eta``, or the published value."""
+        return _PUBLISHED_ETA.get(self.variant, 1.0) if self.eta is None else self.eta
+
+    def alpha(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Share of clean tokens at times ``t``: the schedule's, or that of the loop."""
+        if self.variant != "loop":
+            return schedule.alpha(t)
+        rising = (1 - t) * (self.alpha_on / (1 - self.t_on))
+        last = 1 - t * ((1 - self.alpha_on) / self.t_off)
+        return torch.where(t > self.t_on, rising, torch.where(t > self.t_off, self.alpha_on, last))
+
+    def sigma(
+        self,
+        alpha_t: Tensor,
+        alpha_s: Tensor,
+        t: Tensor | None = None,
+        probability: Tensor | None = None,
+        revealed: Tensor | None = None,
+    ) -> Tensor:
+        """Re-masking probability of each row ``[R]``; of each position ``[R, L]`` for ``conf``.
+
+        Args:
+            alpha_t, alpha_s: share of clean tokens before and after the step ``[R]``.
+            t: time before it ``[R]``; ``loop`` needs it.
+            probability: ``[R, L]`` of each token when it was last revealed; ``conf`` needs it.
+            revealed: ``[R, L]`` positions that hold a revealed token; ``conf`` needs it.
+        """
+        highest, eta = sigma_max(alpha_t, alpha_s), self.strength
+        match self.variant:
+            case "cap":
+                return highest.clamp(max=eta)
+            case "rescale":
+                return eta * highest
+            case "forward_backward":
+                rate = (alpha_s - alpha_t) / alpha_t.clamp(min=1e-300)
+                return torch.where(alpha_t > 0, torch.minimum(rate, highest), highest)
+            case "loop":
+                if t is None:
+                    raise ValueError("t: the variant 'loop' needs the time before the step")
+                return torch.where((t <= self.t_on) & (t > self.t_off), highest.clamp(max=eta), 0.0)
+        if probability is None or revealed is None:
+            raise ValueError("probability, revealed: the variant 'conf' needs both")
+        # masked before the softmax: a row with nothing revealed would be a softmax over nothing
+        score = (-probability).masked_fill(~revealed, -torch.inf)
+        score = torch.where(revealed.any(1, keepdim=True), score, 0.0)
+        return (highest[:, None] * score.softmax(1)).masked_fill(~revealed, 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,11 +198,38 @@ class Revise:
     def pick(self, confidence: Tensor, block: Tensor) -> Tensor:
         """The least confident positions of ``block [R, L]``, ties by lower position; ``confidence [R, L]`` as at the
         last reveal."""
-        order = confidence.masked_fill(~block, torch.inf).sort(dim=1, stable=True).indices
-        rank = torch.empty_like(order).scatter(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        return block & (rank < self.count)
+        return block & (ranks(-confidence.masked_fill(~block, torch.inf)) < self.count)
 
 
 Remasking = ReMDM | Revise | None
+
+REMASKINGS: dict[str, Callable[[], ReMDM | Revise]] = {
+    **{variant: (lambda variant=variant: ReMDM(variant=variant)) for variant in REMDM_VARIANTS},
+    "revise": Revise,
+}
+
+
+def register_remask(name: str, make: Callable[[], ReMDM | Revise]) -> None:
+    """Give a re-masking of your own a name for ``DiffusionGenerationConfig(remask=name)``: a sub-class of
+    :class:`ReMDM` or :class:`Revise`, or either with values of its own. ``ValueError`` when the name is taken."""
+    if name in REMASKINGS:
+        raise ValueError(f"name: there is a re-masking {name!r} already")
+    REMASKINGS[name] = make
+
+
+def find_remask(remask: str | Remasking, eta: float | None = None) -> Remasking:
+    """By name, or a value as it is; ``eta`` replaces the strength of a named :class:`ReMDM`."""
+    if not isinstance(remask, str):
+        if remask is not None and not isinstance(remask, ReMDM | Revise):
+            raise ValueError(f"remask: expected a name, ReMDM, Revise or None, got {remask!r}")
+        if eta is not None:
+            raise ValueError("eta: it belongs to a re-masking given by name; write it into the ReMDM itself")
+        return remask
+    if remask not in REMASKINGS:
+        raise ValueError(f"remask: unknown re-masking {remask!r}; valid: {', '.join(REMASKINGS)}, or a value")
+    found = REMASKINGS[remask]()
+    if eta is None:
+        return found
+    if not isinstance(found, ReMDM):
+        raise ValueError(f"eta: {remask!r} has none")
+    return replace(found, eta=eta)

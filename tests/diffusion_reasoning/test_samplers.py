@@ -353,7 +353,7 @@ ONES = torch.ones(2, 3, dtype=torch.int64)
         (lambda: low_confidence(4, top_p=0.0), "top_p"),
         (lambda: low_confidence(4, top_k=0), "top_k"),
         (lambda: low_confidence(4, order="entropy"), "valid: prob"),
-        (lambda: low_confidence(4, quota="dream"), "valid: uniform"),
+        (lambda: low_confidence(4, quota="dreams"), "valid: uniform"),
         (lambda: low_confidence(4, stop="eos"), "stop"),
         (lambda: low_confidence(4, mask_id=2), "eos_id"),
         (lambda: low_confidence(4, remask=ReMDM()), "bernoulli"),
