@@ -6,6 +6,10 @@ Three ways to put sequences of different lengths into one call:
   change a state and never influence a real one.
 * packing: ``B = 1`` and ``cu_seqlens`` (N + 1 offsets). State, convolution, positions and attention all restart at each offset.
 * carrying: a :class:`~latentcot.backbone.state.ModelState` of the tokens before.
+
+And one way to put two copies of every sequence into one call, which block diffusion trains on: ``streams=2``. Rows 0 … B - 1 are the
+clean copies, rows B … 2B - 1 the noisy ones, at the same positions. Clean tokens see clean tokens of their own and earlier blocks;
+noisy ones see the noisy tokens of their own block and the clean ones of earlier blocks.
 """
 
 import itertools
@@ -33,6 +37,11 @@ class SequenceContext:
         cu_seqlens: offsets of packed sequences, ``[N + 1]``, or ``None``.
         visibility: who sees whom.
         keep_state: whether mixers return their state.
+        index: number of real tokens before each one in this call, ``[B, S]``, by which blocks are counted; ``None`` = ``positions``.
+        streams: 2 = clean and noisy copies, see above; every tensor here then has 2B rows.
+        rho: share of what lies ahead that a token takes in under ``Bidirectional()``: 1 = all, 0 = none, as a causal model does (for
+            turning one into the other step by step).
+        ahead: pairs (query, key) that attention opens on top of the causal ones while rho < 1, ``[S, S]`` bool.
     """
 
     positions: Tensor
@@ -41,6 +50,10 @@ class SequenceContext:
     cu_seqlens: Tensor | None = None
     visibility: Visibility = Causal()
     keep_state: bool = False
+    index: Tensor | None = None
+    streams: int = 1
+    rho: float = 1.0
+    ahead: Tensor | None = None
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -55,8 +68,13 @@ class SequenceContext:
         visibility: Visibility = Causal(),
         state: ModelState | None = None,
         keep_state: bool | None = None,
+        streams: int = 1,
+        rho: float = 1.0,
+        ahead: Tensor | None = None,
     ) -> "SequenceContext":
         """Check the arguments against one another and work out positions.
+
+        ``batch`` counts sequences: with ``streams=2`` the context is for ``2 · batch`` rows.
 
         ``attention_mask`` covers the new tokens ``[B, S]`` or, as transformers passes it, all tokens so far ``[B, T + S]``.
         ``keep_state`` defaults to whether a state was given.
@@ -65,12 +83,10 @@ class SequenceContext:
         mask = _new_token_mask(attention_mask, batch, length, past)
         if state is not None and state.batch_size not in (None, batch):
             raise ValueError(f"state: it holds {state.batch_size} rows, the input has {batch}")
-        if not isinstance(visibility, Causal) and state is not None:
+        if isinstance(visibility, Bidirectional) and state is not None:
             raise ValueError(f"state: states belong to the causal direction; visibility={visibility} can not carry one")
-        if isinstance(visibility, BlockCausal):
-            raise ValueError(
-                "visibility: BlockCausal is defined by no mixer of this backbone yet; use Causal() or Bidirectional()"
-            )
+        _check_streams(streams, visibility, cu_seqlens, state, bool(keep_state))
+        _check_rho(rho, ahead, visibility, length)
         if cu_seqlens is not None:
             _check_packing(cu_seqlens, batch, length, mask, state)
             mask = None
@@ -83,8 +99,12 @@ class SequenceContext:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         else:
             positions = torch.arange(length, device=device).expand(batch, length)
+        index = positions
         if state is not None and state.lengths is not None:
             positions = positions + state.lengths.to(device)[:, None]
+        if streams == 2:
+            positions, index = positions.repeat(2, 1), index.repeat(2, 1)
+            mask = None if mask is None else mask.repeat(2, 1)
         return cls(
             positions=positions,
             mask=mask,
@@ -92,11 +112,20 @@ class SequenceContext:
             cu_seqlens=cu_seqlens,
             visibility=visibility,
             keep_state=(state is not None) if keep_state is None else keep_state,
+            index=index,
+            streams=streams,
+            rho=rho,
+            ahead=ahead,
         )
 
     @property
     def causal(self) -> bool:
         return isinstance(self.visibility, Causal)
+
+    @property
+    def partly_ahead(self) -> bool:
+        """Whether a token takes in a part of what lies ahead only: ``Bidirectional()`` with rho < 1."""
+        return self.rho < 1 and isinstance(self.visibility, Bidirectional)
 
     @cached_property
     def real_tokens(self) -> Tensor:
@@ -148,13 +177,20 @@ class SequenceContext:
         past = 0 if self.past_valid is None else self.past_valid.shape[1]
         batch, length = self.positions.shape
         device = self.positions.device
-        past_is_real = self.past_valid is None or (length == 1 and bool(self.past_valid.all()))
-        if self.mask is None and self.cu_seqlens is None and past_is_real:
+        one_block = isinstance(self.visibility, BlockCausal) and length <= self.visibility.length
+        past_is_real = self.past_valid is None or ((length == 1 or one_block) and bool(self.past_valid.all()))
+        full = isinstance(self.visibility, Bidirectional) and not self.partly_ahead
+        plain = self.causal or one_block or full
+        if plain and self.mask is None and self.cu_seqlens is None and past_is_real:
             return None
         seen = torch.ones(length, length, dtype=torch.bool, device=device)
-        if self.causal:
+        if self.causal or self.partly_ahead:
             seen = seen.tril()
+        if self.partly_ahead and self.ahead is not None:
+            seen = seen | self.ahead.to(device)
         seen = seen[None]
+        if isinstance(self.visibility, BlockCausal):
+            seen = self.block_of[:, None, :] <= self.block_of[:, :, None]
         if self.cu_seqlens is not None:
             index = torch.arange(length, device=device)
             which = torch.bucketize(index, self.cu_seqlens.to(device)[1:], right=True)
@@ -169,6 +205,27 @@ class SequenceContext:
                 before = before & self.mask[:, :, None]
             seen = torch.cat([before, seen.expand(batch, length, length)], 2)
         return seen[:, None]
+
+    @cached_property
+    def block_of(self) -> Tensor:
+        """Number of each token's block, counted in this call from the first real token of its sequence, ``[B, S]``."""
+        if not isinstance(self.visibility, BlockCausal):
+            raise ValueError(f"visibility: blocks belong to BlockCausal, got {self.visibility}")
+        return (self.positions if self.index is None else self.index) // self.visibility.length
+
+    @cached_property
+    def stream_masks(self) -> tuple[Tensor, Tensor]:
+        """With two streams: which clean keys a clean query sees ``[B, 1, S, S]``, and which clean, then noisy keys a noisy query
+        sees ``[B, 1, S, 2S]``. A padded query sees itself alone."""
+        blocks = self.block_of.chunk(2)[0]
+        queries, keys = blocks[:, :, None], blocks[:, None, :]
+        earlier, same = keys < queries, keys == queries
+        if self.mask is not None:
+            real = self.mask.chunk(2)[0]
+            itself = torch.eye(blocks.shape[1], dtype=torch.bool, device=blocks.device)
+            pair = real[:, None, :] & real[:, :, None]
+            earlier, same = earlier & pair, (same & pair) | (itself & ~real[:, :, None])
+        return (earlier | same)[:, None], torch.cat([earlier, same], -1)[:, None]
 
     @property
     def plain_causal(self) -> bool:
@@ -194,6 +251,37 @@ def _new_token_mask(attention_mask: Tensor | None, batch: int, length: int, past
             "attention_mask: values other than 0 and 1 given, expected 1 = real token, 0 = padding (what is added to scores is no mask)"
         )
     return None if bool(mask.all()) else mask
+
+
+def _check_streams(
+    streams: int, visibility: Visibility, cu_seqlens: Tensor | None, state: ModelState | None, keep_state: bool
+) -> None:
+    if streams not in (1, 2):
+        raise ValueError(f"streams: expected 1, or 2 for clean and noisy copies, got {streams!r}")
+    if streams == 1:
+        return
+    if not isinstance(visibility, BlockCausal):
+        raise ValueError(f"streams: two streams need visibility=BlockCausal(...), got {visibility}")
+    for name, given in (("cu_seqlens", cu_seqlens is not None), ("state", state is not None or keep_state)):
+        if given:
+            raise ValueError(
+                f"{name}: not together with two streams; they start from nothing, and sequences are passed as padded rows"
+            )
+
+
+def _check_rho(rho: float, ahead: Tensor | None, visibility: Visibility, length: int) -> None:
+    if not 0.0 <= rho <= 1.0:
+        raise ValueError(f"rho: expected a share within 0..1, got {rho}")
+    if rho < 1 and isinstance(visibility, Causal):
+        raise ValueError(f"rho: {rho} given, but visibility={visibility} takes in nothing from ahead")
+    if ahead is not None and (ahead.shape != (length, length) or ahead.dtype != torch.bool):
+        raise ValueError(
+            f"ahead: shape {list(ahead.shape)} of {ahead.dtype} given, expected [{length}, {length}] of bool"
+        )
+    if 0 < rho < 1 and ahead is None and isinstance(visibility, Bidirectional):
+        raise ValueError(
+            f"ahead: rho = {rho} needs the pairs that attention opens, [{length}, {length}] bool, one draw for all layers"
+        )
 
 
 def _check_packing(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor | None, state: ModelState | None) -> None:

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 from transformers.utils.generic import ModelOutput
 
-from latentcot.backbone.block import Block, SwiGLU
+from latentcot.backbone.block import CONDITION, GELUMLP, Block, Modulation, SwiGLU
 from latentcot.backbone.config import HybridConfig
 from latentcot.backbone.context import SequenceContext, Visibility
 from latentcot.backbone.loss import IGNORED, next_token_loss, next_token_targets, summed_cross_entropy
 from latentcot.backbone.mixers import Mixer, find_mixer, make_options
 from latentcot.backbone.mixers.base import LOWER_BOUNDS
 from latentcot.backbone.mixers.bounds import bounds_parameter, stacked_bounds
-from latentcot.backbone.norms import RMSNorm
+from latentcot.backbone.norms import LayerNorm, RMSNorm, make_norm
 from latentcot.backbone.state import ForeignStateError, ModelState
-from latentcot.kernels import Causal
+from latentcot.kernels import BlockCausal, Causal
 
 # transformers renamed the keyword under which ``generate`` hands the cache around; both names are accepted, one is returned.
 _PREPARE = inspect.signature(getattr(GenerationMixin, "prepare_inputs_for_generation"))  # noqa: B009 (typed by a protocol)
@@ -81,11 +81,14 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, Modulation):
+            initialization.zeros_(module.weight)
+            initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             initialization.normal_(module.weight, 0.0, std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 initialization.zeros_(module.bias)
-        elif isinstance(module, RMSNorm) and module.weight is not None:
+        elif isinstance(module, RMSNorm | LayerNorm) and module.weight is not None:
             initialization.ones_(module.weight)
         elif isinstance(module, Mixer):
             module.init_weights(std, self.config.convolution_init)  # type: ignore[arg-type]
@@ -102,17 +105,22 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(
             Block(
                 find_mixer(name)[0](config.hidden_size, make_options(name, getattr(config, name)), config.norm_eps),  # type: ignore[call-arg]
-                SwiGLU(config.hidden_size, config.intermediate_size),
+                (SwiGLU if config.mlp == "swiglu" else GELUMLP)(config.hidden_size, config.intermediate_size),
                 config.hidden_size,
                 config.norm_placement,  # type: ignore[arg-type]
                 config.norm_eps,
                 config.norm_affine,
                 config.recompute_mlp,
+                config.norm,  # type: ignore[arg-type]
+                config.modulation,
             )
             for name in config.mixers
         )
         self.lower_bounds = bounds_parameter([cast(Block, block).attn for block in self.layers])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_affine)
+        self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps, config.norm_affine)  # type: ignore[arg-type]
+        self.norm_modulation = (
+            None if config.modulation is None else Modulation(config.modulation, config.hidden_size, 2)
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -191,10 +199,22 @@ class HybridModel(HybridPreTrainedModel):
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
         visibility: Visibility = Causal(),
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, ModelState | None]:
-        """Every block once: ``(hidden after the final norm [B, S, D], state or None)``."""
+        """Every block once: ``(hidden after the final norm [B, S, D], state or None)``. ``condition [B, W]`` or ``[B, S, W]``: of a
+        model with modulation."""
+        if (condition is None) != (self.config.modulation is None):
+            raise ValueError(
+                f"condition: {'none' if condition is None else 'one'} given, but the model has modulation = "
+                f"{self.config.modulation}"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: exactly one of the two must be given")
+        if isinstance(visibility, BlockCausal):
+            raise ValueError(
+                "visibility: BlockCausal(...) is run by latentcot.diffusion_reasoning.BlockDiffusionModel, or by `run` with a context "
+                "of its own; expected Causal() or Bidirectional() here"
+            )
         hidden = self.embed(input_ids) if input_ids is not None else inputs_embeds
         assert hidden is not None
         context = SequenceContext.build(
@@ -207,8 +227,20 @@ class HybridModel(HybridPreTrainedModel):
             state=state,
             keep_state=use_cache or state is not None,
         )
+        if condition is not None:
+            context.tables[CONDITION] = condition
         hidden, state = self.run(hidden, context, state=state)
-        return self.norm(hidden), None if state is None else state.advance(context)
+        return self.normed(hidden, context), None if state is None else state.advance(context)
+
+    def normed(self, hidden: Tensor, context: SequenceContext | None = None) -> Tensor:
+        """The final norm; ``context`` holds the conditioning of a model with modulation."""
+        hidden = self.norm(hidden)
+        if self.norm_modulation is None:
+            return hidden
+        if context is None:
+            raise ValueError("context: the final norm of a model with modulation needs it for its conditioning")
+        shift, scale = self.norm_modulation.read(context)
+        return hidden * (1 + scale) + shift
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
@@ -219,7 +251,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig):
         super().__init__(config)
         self.model = HybridModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -243,9 +275,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """See :meth:`HybridModel.run`."""
         return self.model.run(hidden, context, blocks, state, recurrence)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Final norm and language-model head: ``[B, S, D]`` to ``[B, S, Vocab]``."""
-        return self.lm_head(self.model.norm(hidden))
+    def head(self, hidden: Tensor, context: SequenceContext | None = None) -> Tensor:
+        """Final norm and language-model head: ``[B, S, D]`` to ``[B, S, Vocab]``. ``context``: only where the model has modulation."""
+        return self.lm_head(self.model.normed(hidden, context))
 
     def new_state(self) -> ModelState:
         """A fresh state of this model."""
@@ -266,6 +298,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         visibility: Visibility = Causal(),
         logits_to_keep: int = 0,
+        condition: Tensor | None = None,
         cache: ModelState | None = None,
         past_key_values: ModelState | None = None,
         return_dict: bool = True,
@@ -284,6 +317,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             cu_seqlens: offsets of packed sequences (B = 1).
             visibility: ``Causal()`` or ``Bidirectional()`` (no state then).
             logits_to_keep: logits of the last so many positions only; 0 = all.
+            condition: ``[B, W]`` or ``[B, S, W]``, where the model has modulation.
         """
         unknown = {k: v for k, v in unknown.items() if v is not None and k not in _IGNORED_BY_FORWARD}
         if unknown:
@@ -297,7 +331,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         if state is not None and not isinstance(state, ModelState):
             raise TypeError(f"state: a latentcot ModelState is needed, got {type(state).__name__}")
         hidden, state = self.model(
-            input_ids, attention_mask, inputs_embeds, state, bool(use_cache), cu_seqlens, visibility
+            input_ids, attention_mask, inputs_embeds, state, bool(use_cache), cu_seqlens, visibility, condition
         )
         loss = logits = None
         if labels is not None and self.training and self.config.loss_chunk is not None:

@@ -59,6 +59,16 @@ class AttentionOptions:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
+class AttendedState(LayerState):
+    """Keys and values that stay with their holder: attention hands it the new ones and asks for the result, instead of copying old and
+    new ones together for every token."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """Result ``[B, H, 1, K]`` of one query a row, ``q [B, H, 1, K]``, over the stored columns and the new one; ``k, v [B, G, 1, K]``.
+        ``seen [B, 1, 1, T + 1]`` bool, ``None`` = all."""
+        raise NotImplementedError(f"{type(self).__name__} defines no attend")
+
+
 class SoftmaxAttention(Mixer):
     name = "attention"
 
@@ -86,12 +96,16 @@ class SoftmaxAttention(Mixer):
         if self.options.rope_theta is not None:
             q, k = rotated(q, k, context, self.options.rope_theta, self.options.rotary_layout)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, K]
+        if context.streams == 2:
+            return self.o_proj(self._both_streams(q, k, v, context).transpose(1, 2).flatten(2)), None
+        window = self.options.window_size
+        seen = context.attention_mask if window is None else windowed_mask(context, window)
+        if isinstance(state, AttendedState):
+            return self.o_proj(state.attend(q, k, v, seen).transpose(1, 2).flatten(2)), state
         if state is not None:
             k = torch.cat([state["keys"], k], 2)
             v = torch.cat([state["values"], v], 2)
         new_state = LayerState(self.name, {"keys": k, "values": v}) if context.keep_state else None
-        window = self.options.window_size
-        seen = context.attention_mask if window is None else windowed_mask(context, window)
         o = F.scaled_dot_product_attention(
             q,
             k,
@@ -101,6 +115,19 @@ class SoftmaxAttention(Mixer):
             enable_gqa=self.kv_heads != self.heads,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2)), new_state
+
+    def _both_streams(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
+        """Clean queries meet clean keys, noisy ones clean and noisy keys; ``[2B, H, S, K]``."""
+        (q, noisy_q), (k, noisy_k), (v, noisy_v) = (t.chunk(2) for t in (q, k, v))
+        of_clean, of_noisy = context.stream_masks
+        if self.options.window_size is not None:
+            near = near_in_streams(context, self.options.window_size)
+            of_clean, of_noisy = of_clean & near, of_noisy & torch.cat([near, near], -1)
+        grouped = self.kv_heads != self.heads
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=of_clean, enable_gqa=grouped)
+        keys, values = torch.cat([k, noisy_k], 2), torch.cat([v, noisy_v], 2)
+        noisy_o = F.scaled_dot_product_attention(noisy_q, keys, values, attn_mask=of_noisy, enable_gqa=grouped)
+        return torch.cat([o, noisy_o])
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         return linear_flops(self, tokens) + 4.0 * tokens * keys * self.heads * self.head_width
@@ -119,3 +146,9 @@ def windowed_mask(context: SequenceContext, window: int) -> Tensor:
         seen = context.attention_mask
         context.tables[key] = near[:, None] if seen is None else near[:, None] & seen
     return context.tables[key]
+
+
+def near_in_streams(context: SequenceContext, window: int) -> Tensor:
+    """Pairs of one copy of a sequence that lie less than ``window`` real tokens apart, ``[B, 1, S, S]``; the window looks both ways."""
+    positions = context.positions.chunk(2)[0]
+    return ((positions[:, :, None] - positions[:, None, :]).abs() < window)[:, None]

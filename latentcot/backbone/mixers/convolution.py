@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
 from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import short_convolution, short_convolution_qkv
+from latentcot.kernels import BlockCausal, Causal, short_convolution, short_convolution_qkv
+from latentcot.kernels.visibility import Visibility
 
 Initialization = Literal["normal", "uniform"]
 
@@ -55,6 +57,9 @@ def convolve_qkv(
 
     The last result is the new state ``[B, D_q + D_k + D_v, W - 1]``, or ``None`` unless ``context.keep_state``.
     """
+    if context.streams == 2 or context.partly_ahead:
+        (q, k, v), after = _convolve(inputs, taps, activation, context, state)
+        return q, k, v, after
     return short_convolution_qkv(
         *inputs,
         *(each.weight[:, 0] for each in taps),  # pyright: ignore[reportCallIssue]
@@ -63,7 +68,7 @@ def convolve_qkv(
         output_state=context.keep_state,
         cu_seqlens=context.cu_seqlens,
         lengths=context.lengths,
-        visibility=context.visibility,
+        visibility=_sides(context),
     )
 
 
@@ -74,14 +79,63 @@ def convolve_all(
     state: LayerState | None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The same for any number of inputs and without an activation: for gates, which have one of their own."""
-    y, after = short_convolution(
-        torch.cat(list(inputs), -1),
-        torch.cat([each.weight[:, 0] for each in taps]),
-        activation=None,
-        initial_state=None if state is None else state["conv"],
-        output_state=context.keep_state,
-        cu_seqlens=context.cu_seqlens,
-        lengths=context.lengths,
-        visibility=context.visibility,
-    )
+    return _convolve(inputs, taps, None, context, state)
+
+
+def _sides(context: SequenceContext) -> Visibility:
+    """A block is convolved causally: its left neighbours are in front of it, and nothing behind it is known yet."""
+    return Causal() if isinstance(context.visibility, BlockCausal) else context.visibility
+
+
+def _convolve(
+    inputs: Sequence[Tensor],
+    taps: Sequence[ShortConvolution],
+    activation: Literal["silu"] | None,
+    context: SequenceContext,
+    state: LayerState | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    x, weight = torch.cat(list(inputs), -1), torch.cat([each.weight[:, 0] for each in taps])
+    after = None
+    if context.streams == 2:
+        y = _both_streams(x, weight, activation, context)
+    elif context.partly_ahead:  # the two sides meet in front of the activation
+        one, both = (
+            short_convolution(
+                x, weight, activation=None, cu_seqlens=context.cu_seqlens, lengths=context.lengths, visibility=side
+            )[0]
+            for side in (Causal(), _sides(context))
+        )
+        y = torch.lerp(one, both, context.rho)
+        y = F.silu(y) if activation == "silu" else y
+    else:
+        y, after = short_convolution(
+            x,
+            weight,
+            activation=activation,
+            initial_state=None if state is None else state["conv"],
+            output_state=context.keep_state,
+            cu_seqlens=context.cu_seqlens,
+            lengths=context.lengths,
+            visibility=_sides(context),
+        )
     return list(y.split([x.shape[-1] for x in inputs], -1)), after
+
+
+def _both_streams(x: Tensor, weight: Tensor, activation: Literal["silu"] | None, context: SequenceContext) -> Tensor:
+    """Clean rows as they are; every noisy block behind the last W - 1 *clean* inputs in front of it. ``[2B, S, D]``"""
+    assert isinstance(context.visibility, BlockCausal)
+    clean, noisy = x.chunk(2)
+    lengths = None if context.lengths is None else context.lengths.chunk(2)[0]
+    batch, length, width = clean.shape
+    y_clean, _ = short_convolution(clean, weight, activation=activation, lengths=lengths)
+    L, W = min(context.visibility.length, length), weight.shape[1]
+    n = -(-length // L)
+    blocks = F.pad(noisy, (0, 0, 0, n * L - length)).reshape(batch * n, L, width)
+    past = None
+    if W > 1:
+        past = F.pad(clean, (0, 0, W - 1, 0)).unfold(1, W - 1, L)[:, :n].reshape(batch * n, width, W - 1)
+    if lengths is not None:
+        starts = torch.arange(0, n * L, L, device=lengths.device)
+        lengths = (lengths[:, None] - starts).clamp(0, L).flatten()
+    y_noisy, _ = short_convolution(blocks, weight, activation=activation, initial_state=past, lengths=lengths)
+    return torch.cat([y_clean, y_noisy.reshape(batch, n * L, width)[:, :length]])

@@ -30,10 +30,10 @@ from latentcot.backbone.mixers.base import (
     shut,
 )
 from latentcot.backbone.mixers.convolution import Initialization, ShortConvolution, convolve_qkv
+from latentcot.backbone.mixers.directions import run_delta
 from latentcot.backbone.mixers.features import FEATURE_MAPS, QK_NORMS
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import Bidirectional, delta_rule
 
 HEAD_WIDTH = 128  # of the published recipes
 
@@ -127,20 +127,15 @@ class DeltaNet(Mixer):
         x = context.compact(hidden)
         q, k, v, conv = self._activated(x, context, state)
         normalise = QK_NORMS[self.options.qk_norm]
-        visibility, gate = context.visibility, None
-        if isinstance(visibility, Bidirectional):
-            visibility = Bidirectional(combine=self.options.combine)
-            gate = self.direction.sigmoid() if self.options.combine == "gate" else None
-        o, matrix = delta_rule(
+        o, matrix = run_delta(
             normalise(q.unflatten(-1, (self.heads, self.K))),
             normalise(k.unflatten(-1, (self.heads, self.K))),
             v.unflatten(-1, (self.heads, self.V)),
             self._beta(x, context),
-            initial_state=None if state is None else state["matrix"],
-            output_state=context.keep_state,
-            cu_seqlens=context.cu_seqlens,
-            visibility=visibility,
-            direction_gate=gate,
+            None,
+            context,
+            state,
+            self.direction if self.options.combine == "gate" else None,
         )
         out = context.expand(self.o_proj(self._gated(o, x).flatten(2)))
         return out, layer_state(self.name, matrix=matrix, conv=conv)

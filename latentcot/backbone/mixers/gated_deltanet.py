@@ -35,9 +35,10 @@ from latentcot.backbone.mixers.base import (
     shut,
 )
 from latentcot.backbone.mixers.convolution import Initialization, ShortConvolution, convolve_qkv
+from latentcot.backbone.mixers.directions import run_delta
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import Bidirectional, delta_rule, gated_delta_net, l2_norm
+from latentcot.kernels import gated_delta_net, l2_norm
 
 DT_MIN, DT_MAX, DT_FLOOR = 0.001, 0.1, 1e-4
 
@@ -133,8 +134,8 @@ class GatedDeltaNet(Mixer):
         v = v.unflatten(-1, (self.v_heads, self.V))
         # at a padded position k is zero, so nothing is erased or written there; its decay must not act either
         a, b = shut(self.a_proj(x), context, -SHUT), self.b_proj(x)
-        if isinstance(context.visibility, Bidirectional):
-            o, matrix = self._both_directions(q, k, v, a, b, context), None
+        if not context.causal:
+            o, matrix = self._more_than_the_past(q, k, v, a, b, context, state)
         else:
             o, matrix = gated_delta_net(
                 q,
@@ -156,25 +157,30 @@ class GatedDeltaNet(Mixer):
         out = context.expand(self.o_proj(o.flatten(2)))
         return out, layer_state(self.name, matrix=matrix, conv=conv)
 
-    def _both_directions(
-        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, context: SequenceContext
-    ) -> Tensor:
+    def _more_than_the_past(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        context: SequenceContext,
+        state: LayerState | None,
+    ) -> tuple[Tensor, Tensor | None]:
         precise = torch.promote_types(a.dtype, torch.float32)
         beta = b.to(precise).sigmoid()
         if self.options.allow_neg_eigval:
             beta = 2 * beta
-        o, _ = delta_rule(
+        return run_delta(
             l2_norm(q),
             l2_norm(k),
             v,
             beta,
             -self.A_log.to(precise).exp() * F.softplus(a.to(precise) + self.dt_bias.to(precise)),
-            output_state=context.keep_state,  # refused: a state belongs to the causal direction
-            cu_seqlens=context.cu_seqlens,
-            visibility=Bidirectional(combine=self.options.combine),
-            direction_gate=self.direction.sigmoid() if self.options.combine == "gate" else None,
+            context,
+            state,
+            self.direction if self.options.combine == "gate" else None,
         )
-        return o
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         convolutions = sum(each.flops(tokens, directions) for each in self.taps)

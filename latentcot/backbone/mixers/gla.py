@@ -26,10 +26,10 @@ from latentcot.backbone.mixers.base import (
     shut,
 )
 from latentcot.backbone.mixers.convolution import ShortConvolution, convolve_qkv
+from latentcot.backbone.mixers.directions import run_decay
 from latentcot.backbone.mixers.features import FEATURE_MAPS
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import decay_attention
 
 GATE_NORMALIZER = 16.0  # constants of the published format, not fields of its configuration
 GATE_RANK = 16
@@ -117,15 +117,13 @@ class GatedLinearAttention(Mixer):
             q, k = feature_map(q), feature_map(k)
             if context.front is not None:
                 k = k * context.front  # a feature map need not take zero to zero
-        o, matrix = decay_attention(
+        o, matrix = run_decay(
             q.unflatten(-1, (self.heads, self.K)),
             repeat_heads(k.unflatten(-1, (self.kv_heads, self.K)), self.heads),
             repeat_heads(v.unflatten(-1, (self.kv_heads, self.V)), self.heads),
             repeat_heads(self._log_decay(x, context), self.heads),
-            initial_state=None if state is None else state["matrix"],
-            output_state=context.keep_state,
-            cu_seqlens=context.cu_seqlens,
-            visibility=context.visibility,
+            context,
+            state,
         )
         if self.options.use_output_gate:
             o = self.g_norm_swish_gate(o, self.g_proj(x).unflatten(-1, (self.heads, self.V)))

@@ -10,6 +10,8 @@ matrix of the model, see :mod:`latentcot.backbone.mixers.bounds`. State: one fp3
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentcot.backbone.context import SequenceContext
@@ -23,10 +25,12 @@ from latentcot.backbone.mixers.base import (
     scaled_width,
     shut,
 )
+from latentcot.backbone.mixers.bounds import bounded_gate
 from latentcot.backbone.mixers.convolution import ShortConvolution, convolve_all
+from latentcot.backbone.mixers.directions import scan_blocks
 from latentcot.backbone.norms import GatedRMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import hgrn_scan
+from latentcot.kernels import Bidirectional, BlockCausal, hgrn_scan
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class HGRN(Mixer):
     def forward(
         self, hidden: Tensor, context: SequenceContext, state: LayerState | None = None
     ) -> tuple[Tensor, LayerState | None]:
-        """See :meth:`Mixer.forward`. Raises ``ValueError`` unless the context is causal: the scan has one direction."""
-        if not context.causal:
+        """See :meth:`Mixer.forward`. Raises ``ValueError`` if tokens are to see the whole sequence: the scan has one direction."""
+        if isinstance(context.visibility, Bidirectional):
             raise ValueError(
                 f"hgrn: visibility={context.visibility} is not defined for it, expected Causal(); mixers with a matrix state "
                 f"(gla, hgrn2, retnet, deltanet, gated_deltanet) and attention see both ways"
@@ -85,14 +89,21 @@ class HGRN(Mixer):
         i, f, conv = self.i_proj(x), self.f_proj(x), None
         if self.options.use_short_conv:
             (i, f), conv = convolve_all((i, f), self.taps, context, state)
-        h, vector = hgrn_scan(
-            i,
-            shut(f, context, SHUT),
-            self.lower_bound(context),
-            initial_state=None if state is None else state["vector"],
-            output_state=context.keep_state,
-            cu_seqlens=context.cu_seqlens,
-        )
+        f = shut(f, context, SHUT)
+        if isinstance(context.visibility, BlockCausal):
+            precise = torch.promote_types(f.dtype, torch.float32)
+            opening, log_decay = bounded_gate(f.to(precise), self.lower_bound(context))
+            h, vector = scan_blocks(F.silu(i.to(precise)) * opening, log_decay, context, state)
+            h = h.to(i.dtype)
+        else:
+            h, vector = hgrn_scan(
+                i,
+                f,
+                self.lower_bound(context),
+                initial_state=None if state is None else state["vector"],
+                output_state=context.keep_state,
+                cu_seqlens=context.cu_seqlens,
+            )
         out = context.expand(self.o_proj(self.g_norm(h, self.g_proj(x))))
         return out, layer_state(self.name, vector=vector, conv=conv)
 

@@ -26,9 +26,10 @@ from latentcot.backbone.mixers.base import (
 )
 from latentcot.backbone.mixers.bounds import bounded_gate
 from latentcot.backbone.mixers.convolution import ShortConvolution, convolve_all
+from latentcot.backbone.mixers.directions import run_decay
 from latentcot.backbone.norms import RMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import decay_attention, hgrn2_attention
+from latentcot.kernels import hgrn2_attention
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,7 @@ class HGRN2(Mixer):
         else:
             precise = torch.promote_types(f.dtype, torch.float32)
             k, log_decay = bounded_gate(f.to(precise), bound)
-            o, matrix = decay_attention(
-                F.silu(q.to(precise)),
-                k,
-                i.to(precise),
-                log_decay,
-                output_state=context.keep_state,
-                cu_seqlens=context.cu_seqlens,
-                visibility=context.visibility,
-            )
+            o, matrix = run_decay(F.silu(q.to(precise)), k, i.to(precise), log_decay, context, state)
             o = o.to(i.dtype)
         out = context.expand(self.o_proj(self.g_norm(o.flatten(2))))
         return out, layer_state(self.name, matrix=matrix, conv=conv)

@@ -26,10 +26,11 @@ from latentcot.backbone.mixers.base import (
     rotated,
     scaled_width,
 )
+from latentcot.backbone.mixers.directions import run_decay
 from latentcot.backbone.mixers.features import FEATURE_MAPS
 from latentcot.backbone.norms import GatedRMSNorm, RMSNorm
 from latentcot.backbone.state import LayerState
-from latentcot.kernels import decay_attention
+from latentcot.kernels import BlockCausal
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,8 @@ class RetNet(Mixer):
             if context.front is not None:
                 k = k * context.front[..., None]  # a feature map need not take zero to zero
         q, k = rotated(q, k, context, self.options.rope_theta, compacted=True)
-        o, matrix = decay_attention(
-            q,
-            repeat_heads(k, self.heads),
-            repeat_heads(v, self.heads),
-            self._log_decay(x, context),
-            initial_state=None if state is None else state["matrix"],
-            output_state=context.keep_state,
-            cu_seqlens=context.cu_seqlens,
-            visibility=context.visibility,
+        o, matrix = run_decay(
+            q, repeat_heads(k, self.heads), repeat_heads(v, self.heads), self._log_decay(x, context), context, state
         )
         if self.options.use_output_gate:
             o = self.g_norm_swish_gate(o, self.g_proj(x).unflatten(-1, (self.heads, self.V)))
@@ -122,7 +116,7 @@ class RetNet(Mixer):
         return out, layer_state(self.name, matrix=matrix)
 
     def _log_decay(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """``[H]``, or ``[B, S, H]`` where a padded end of a row must not fade the state that is kept.
+        """``[H]``, or ``[B, S, H]`` where a padded end of a row must not fade a state that is kept or read behind its block.
 
         Not a buffer: casting the model to 16 bits would round it, and with it every power of it.
         """
@@ -130,7 +124,7 @@ class RetNet(Mixer):
         key = ("retnet", self.heads, precise)
         if key not in context.tables:
             rates = log_rates(self.heads, x.device, precise)
-            if context.front is not None and context.keep_state:
+            if context.front is not None and (context.keep_state or isinstance(context.visibility, BlockCausal)):
                 rates = rates * context.front
             context.tables[key] = rates
         return context.tables[key]
