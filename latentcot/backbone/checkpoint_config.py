@@ -275,7 +275,15 @@ def config_to_published(config: HybridConfig) -> dict[str, Any]:
             f"export: the format has no mixer {mixer!r}, only {', '.join(known)}; use save_pretrained"
         )
     family = FAMILIES[known[mixer]]
-    for name, only in (("norm_placement", "pre"), ("norm_affine", True), ("embedding_scale", 1.0)):
+    for name, only in (
+        ("norm_placement", "pre"),
+        ("norm_affine", True),
+        ("embedding_scale", 1.0),
+        ("norm", "rms"),
+        ("mlp", "swiglu"),
+        ("modulation", None),
+        ("head_bias", False),
+    ):
         if getattr(config, name) != only:
             raise CheckpointError(
                 f"export: the format knows {name} = {only!r} alone, got {getattr(config, name)!r}; use save_pretrained"

@@ -35,6 +35,10 @@ class HybridConfig(PreTrainedConfig):
         hidden_ratio, intermediate_size: MLP width; ``None`` = smallest multiple of 256 (of 32 below width 256) that is at least
             2 · ratio · D / 3.
         norm_placement, norm_eps, norm_affine: see :class:`~latentcot.backbone.block.Block`.
+        norm: ``rms`` or ``layer`` (with a weight and no bias; of blocks and the final one, not of mixers).
+        mlp: ``swiglu``, or ``gelu`` (two matrices with biases, tanh form; its width is hidden_ratio · D unless given).
+        modulation: width of a conditioning that shifts, scales and gates every block and the final norm (MDLM); ``None`` = none.
+        head_bias: the head has a bias.
         embedding_scale: factor on token embeddings (Huginn: sqrt(D)).
         attention, hgrn, retnet, gla, hgrn2, deltanet, gated_deltanet: options of each mixer as a dict (see ``AttentionOptions`` and
             its like); options that are left out get their defaults. A mixer that was added to ``MIXERS`` takes its options under its
@@ -71,6 +75,10 @@ class HybridConfig(PreTrainedConfig):
         norm_placement: str = "pre",
         norm_eps: float = 1e-6,
         norm_affine: bool = True,
+        norm: str = "rms",
+        mlp: str = "swiglu",
+        modulation: int | None = None,
+        head_bias: bool = False,
         embedding_scale: float = 1.0,
         attention: dict[str, Any] | None = None,
         hgrn: dict[str, Any] | None = None,
@@ -95,6 +103,7 @@ class HybridConfig(PreTrainedConfig):
             ("hidden_size", hidden_size),
             ("num_hidden_layers", num_hidden_layers),
             ("intermediate_size", 1 if intermediate_size is None else intermediate_size),
+            ("modulation", 1 if modulation is None else modulation),
         ):
             if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -103,6 +112,11 @@ class HybridConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected a number above zero, got {value!r}")
         if norm_placement not in NORM_PLACEMENTS:
             raise ValueError(f"norm_placement: {norm_placement!r} given, expected one of {', '.join(NORM_PLACEMENTS)}")
+        for name, value, choices in (("norm", norm, ("rms", "layer")), ("mlp", mlp, ("swiglu", "gelu"))):
+            if value not in choices:
+                raise ValueError(f"{name}: {value!r} given, expected one of {', '.join(map(repr, choices))}")
+        if modulation is not None and norm_placement != "pre":
+            raise ValueError(f"modulation: it belongs to norm_placement 'pre', got {norm_placement!r}")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -112,10 +126,12 @@ class HybridConfig(PreTrainedConfig):
         self.mixers = expand_pattern(num_hidden_layers, mixer, period, linear_per_full, attention_layers, mixers)
         self.attention_layers = None if attention_layers is None else list(attention_layers)
         self.hidden_ratio = hidden_ratio
-        self.intermediate_size = intermediate_size or mlp_width(hidden_size, hidden_ratio)
+        default_width = mlp_width(hidden_size, hidden_ratio) if mlp == "swiglu" else int(hidden_ratio * hidden_size)
+        self.intermediate_size = intermediate_size or default_width
         self.norm_placement = norm_placement
         self.norm_eps = norm_eps
         self.norm_affine = norm_affine
+        self.norm, self.mlp, self.modulation, self.head_bias = norm, mlp, modulation, head_bias
         self.embedding_scale = embedding_scale
         given = {
             "attention": attention,

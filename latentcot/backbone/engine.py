@@ -65,6 +65,11 @@ class DecodeEngine:
         for name, value in (("batch", batch), ("max_length", max_length)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name, only in (("norm", "rms"), ("modulation", None), ("head_bias", False)):
+            if getattr(model.config, name) != only:
+                raise ValueError(
+                    f"model: the engine knows {name} = {only!r} alone, got {getattr(model.config, name)!r}"
+                )
         self.model, self.batch, self.max_length, self.sampling = model, batch, max_length, sampling
         weight = self._head = cast(Tensor, model.lm_head.weight)
         self.device = weight.device

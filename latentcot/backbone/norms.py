@@ -1,7 +1,11 @@
-r"""Root-mean-square norms.
+r"""Norms.
 
 RMSNorm: :math:`x \cdot (\mathrm{mean}(x^2) + \epsilon)^{-1/2} \cdot w`, statistics in fp32 (fp64 for fp64 inputs), no bias.
+
+LayerNorm: :math:`(x - \mathrm{mean}(x)) \cdot (\mathrm{var}(x) + \epsilon)^{-1/2} \cdot w`, as precise, no bias (MDLM).
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,34 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}, affine={self.weight is not None}"
+
+
+NormKind = Literal["rms", "layer"]
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, with a weight and without a bias. Arguments as for :class:`RMSNorm`."""
+
+    def __init__(self, width: int, eps: float = 1e-5, affine: bool = True):
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = None if self.weight is None else self.weight.to(precise.dtype)
+        return F.layer_norm(precise, (self.width,), weight, None, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, eps={self.eps}, affine={self.weight is not None}"
+
+
+def make_norm(kind: NormKind, width: int, eps: float, affine: bool = True) -> RMSNorm | LayerNorm:
+    """``rms`` or ``layer``; ``ValueError`` for anything else."""
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"norm: {kind!r} given, expected 'rms' or 'layer'")
+    return (RMSNorm if kind == "rms" else LayerNorm)(width, eps, affine)
 
 
 class GatedRMSNorm(RMSNorm):
