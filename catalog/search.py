@@ -1,78 +1,86 @@
-"""Search over the records: SQLite FTS5 in memory, built from the records in a few hundredths of a second.
+r"""Search over the records, built from them in a fraction of a second.
 
-Three full-text tables share one content table. ``stemmed`` holds titles and abstracts under the Porter stemmer,
-``plain`` holds titles, authors, venues and tags without stemming (a name has no stem), ``pieces`` holds trigrams for
-parts of words and method names. Every word of the user is looked up by itself, as a quoted string: nothing that a user
-types is query syntax. An identifier, address or citation key is looked up exactly before anything is ranked.
+A paper is scored by how much of the query it has. With :math:`m_w \in [0, 1]` for how well it has the word *w* (1 in
+its title, less in other fields, by its stem, by a word of the same or a near meaning, as a beginning or as a part),
 
-Measured with :func:`measure` on the shipped records: see the README.
+.. math:: s = \frac{\sum_w \mathrm{idf}_w m_w}{\sum_w \mathrm{idf}_w} + \text{bonuses}, \qquad
+          \mathrm{idf}_w = \log\Bigl(1 + \frac{N}{n_w + 1/2}\Bigr)
+
+for *N* papers of which :math:`n_w` have the word; bonuses go to papers with every word, to words that stand side by
+side in the title as in the query, to titles that hold little else, and to papers like the best ones (relevance
+feedback without a user: their topic and the title words they share). Nothing that a user types is query syntax. An
+identifier, address or citation key is looked up exactly before anything is ranked. Ties are broken by date, newest
+first, then by key.
 """
 
-import re
-import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 from latentcot.catalog.filters import Filters
+from latentcot.catalog.identifiers import identify
 from latentcot.catalog.leaves import load_taxonomy
+from latentcot.catalog.postings import FIELDS, STEMMED, Postings
 from latentcot.catalog.record import Record
-from latentcot.catalog.store import CatalogError, build_lookup, load_records, lookup
-from latentcot.catalog.text import normal_title, to_latin
+from latentcot.catalog.search_text import Snippet, Spans, Wanted, find_spans, marked, snippet
+from latentcot.catalog.search_words import (
+    Stemmer,
+    clean_query,
+    hump_words,
+    load_terms,
+    method_names,
+    query_words,
+    words_of,
+)
+from latentcot.catalog.store import build_lookup, load_records, lookup
+from latentcot.catalog.text import normal_title
 
 Sort = Literal["relevance", "date", "added"]
 Match = Literal["exact", "all", "some", "none"]
 
-_SCHEMA = """
-CREATE TABLE papers(
-  id INTEGER PRIMARY KEY, key TEXT, title TEXT, other TEXT, abstract TEXT,
-  authors TEXT, tags TEXT, venue TEXT, names TEXT, letters TEXT);
-CREATE VIRTUAL TABLE stemmed USING fts5(
-  title, other, abstract, content='papers', content_rowid='id',
-  tokenize='porter unicode61 remove_diacritics 2', prefix='2 3');
-CREATE VIRTUAL TABLE plain USING fts5(
-  title, authors, tags, venue, names, content='papers', content_rowid='id',
-  tokenize='unicode61 remove_diacritics 2', prefix='2 3');
-CREATE VIRTUAL TABLE pieces USING fts5(letters, content='papers', content_rowid='id', tokenize='trigram');
-"""
-# Weights of the columns, title far above the rest; bm25 is negative, smaller is better.
-_BM25 = {
-    "stemmed": "bm25(stemmed, 10.0, 6.0, 1.0)",
-    "plain": "bm25(plain, 10.0, 5.0, 2.0, 2.0, 4.0)",
-    "pieces": "bm25(pieces)",
-}
-_PREFIX_FACTOR, _PIECE_FACTOR, _PHRASE_BONUS = 0.4, 0.2, 0.5
-_TITLE_BONUS, _NAME_BONUS = 1e3, 1e2
-MAX_WORDS, MAX_WORD = 32, 100
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+FIELD_WEIGHTS = {
+    "title": 1.0, "other": 1.0, "names": 1.0, "authors": 0.9, "tags": 0.25, "venue": 0.6, "definition": 0.1,
+    "abstract": 0.3,
+}  # fmt: skip
+# Factors of m: another word of the same stem, a longer word than typed (when the typed one is there, and when not), a
+# part of a word.
+_STEM, _LONGER, _BEGINNING, _PART = 0.85, 0.3, 0.7, 0.5
+_BOTH = 0.1
+_ALL_WORDS, _SIDE_BY_SIDE, _LITTLE_ELSE = 0.08, 0.3, 0.1
+_TITLE, _NAME = 3.0, 2.0  # the query is a title, or the name before its colon
+# Bonuses for the topic of the best papers and for title words that they share; how many papers and words those are.
+_TOPIC, _TERMS, _FROM, _SHARED = 0.4, 0.3, 5, 6
+_ENOUGH, _NEAR_BEST = 0.25, 0.3  # what a paper must have of the words' weight, and of the best paper's score
+_RERANKED = 100
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A found paper. ``spans`` are the places in ``record.title`` to highlight, as (start, end)."""
+    """A found paper. ``spans`` are the places in ``record.title`` to highlight, as (start, end).
+
+    ``score`` is larger for a better fit. ``snippet`` is the part of the abstract that fits best, where there is one.
+    """
 
     record: Record
     score: float
-    spans: tuple[tuple[int, int], ...] = ()
+    spans: Spans = ()
+    snippet: Snippet | None = None
 
     def marked(self, left: str, right: str) -> str:
         """The title with ``left`` and ``right`` around every highlighted place. Not escaped: for terminals."""
-        title, parts, last = self.record.title, [], 0
-        for start, end in self.spans:
-            parts += [title[last:start], left, title[start:end], right]
-            last = end
-        return "".join([*parts, title[last:]])
+        return marked(self.record.title, self.spans, left, right)
 
 
 @dataclass(frozen=True)
 class Result:
     """Hits in order, how many there are without the limit, and how they were matched.
 
-    ``match`` is ``exact`` (an identifier was looked up), ``all`` (every word is there), ``some`` (no paper has every
-    word, these have most of them) or ``none``.
+    ``match`` is ``exact`` (an identifier was looked up), ``all`` (there are papers with every word; they may be followed
+    by papers with most of the words), ``some`` (no paper has every word, these have most of them) or ``none``.
     """
 
     hits: tuple[Hit, ...]
@@ -82,206 +90,291 @@ class Result:
 
 @dataclass
 class SearchIndex:
-    """A search index over ``records``. Safe to share between threads."""
+    """A search index over ``records``; ``abstracts`` maps keys to abstracts. Safe to share between threads."""
 
     records: Sequence[Record]
-    _database: sqlite3.Connection = field(init=False, repr=False)
+    abstracts: Mapping[str, str] = field(default_factory=dict)
     _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        if sqlite3.sqlite_version_info < (3, 34):
-            raise CatalogError(
-                f"search needs SQLite 3.34 or newer (trigrams), this Python has {sqlite3.sqlite_version}"
-            )
-        self._database = sqlite3.connect(":memory:", check_same_thread=False)
-        self._database.executescript(_SCHEMA)
-        self._database.executemany(
-            "INSERT INTO papers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (_row(number, record) for number, record in enumerate(self.records)),
-        )
-        for table in ("stemmed", "plain", "pieces"):
-            self._database.execute(f"INSERT INTO {table}({table}) VALUES ('rebuild')")
-        self._table = build_lookup(list(self.records))
-        self._number = {record.key: number for number, record in enumerate(self.records)}
-        by_key = sorted(range(len(self.records)), key=lambda number: self.records[number].key)
-        by_date = sorted(by_key, key=lambda number: _date(self.records[number]), reverse=True)
-        self._order = {number: place for place, number in enumerate(by_date)}
+        import numpy as np
+
+        by_key = sorted(self.records, key=lambda record: record.key)
+        self._papers = sorted(by_key, key=_date, reverse=True)  # numbers are in the order of ties
+        self._number = {record.key: number for number, record in enumerate(self._papers)}
+        self._stemmer = Stemmer()
+        named: dict[str, list[str]] = {}
+        for name, key in method_names().items():
+            named.setdefault(key, []).append(name)
+        rows = (_row(record, named.get(record.key, []), self.abstracts.get(record.key, "")) for record in self._papers)
+        self._postings = Postings(rows, self._stemmer)
+        self._table = build_lookup(self._papers)
+        in_leaf: dict[str, list[int]] = {}
+        for number, record in enumerate(self._papers):
+            in_leaf.setdefault(record.taxonomy.primary, []).append(number)
+        self._in_leaf = {leaf: np.array(numbers, dtype=np.int32) for leaf, numbers in in_leaf.items()}
         self._titles: dict[str, list[int]] = {}
         self._names: dict[str, list[int]] = {}
-        for number, record in enumerate(self.records):
+        self._title_stems: list[tuple[str, ...]] = []
+        for number, record in enumerate(self._papers):
             for title in (record.title, *record.other_titles):
                 self._titles.setdefault(normal_title(title), []).append(number)
-                name, colon, _ = title.partition(": ")
+                name, colon, _ = title.partition(":")
                 if colon:
                     self._names.setdefault(normal_title(name), []).append(number)
+            for name in named.get(record.key, []):
+                self._names.setdefault(normal_title(name), []).append(number)
+            title_words = words_of(record.title)
+            stems = self._stemmer.stem(title_words)
+            self._title_stems.append(tuple(stems[word] for word in title_words))
 
     def search(
         self, query: str, *, filters: Filters | None = None, sort: Sort = "relevance", limit: int | None = 20
     ) -> Result:
         """Papers that fit ``query`` and ``filters``.
 
-        An empty query lists every paper that passes the filters, newest first. Ties are broken by date, newest first,
-        then by key. Raises ``TypeError`` for a query that is no string, ``ValueError`` for an unknown sort or a limit
-        below one, :class:`CatalogError` for an unknown leaf, facet value or venue in the filters.
+        An empty query lists every paper that passes the filters, newest first. Raises ``TypeError`` for a query that is
+        no string, ``ValueError`` for an unknown sort or a limit below one, :class:`CatalogError` for an unknown leaf,
+        facet value or venue in the filters.
         """
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 or None, given {limit}")
+        found, scores, match, words = self._find(query, filters, sort)
+        wanted = self._wanted(words)
+        hits = []
+        for number in found if limit is None else found[:limit]:
+            record = self._papers[number]
+            abstract = self.abstracts.get(record.key)
+            piece = snippet(abstract, wanted) if abstract else None
+            hits.append(Hit(record, scores.get(number, 0.0), find_spans(record.title, wanted), piece))
+        return Result(tuple(hits), len(found), match if found else "none")
+
+    def counts(self, query: str, *, filters: Filters | None = None) -> dict[str, Counter[str]]:
+        """How many of the found papers have each leaf, year, venue, and value of each facet."""
+        found, *_ = self._find(query, filters, "date")
+        counts: dict[str, Counter[str]] = {name: Counter() for name in ("leaf", "year", "venue", "has")}
+        for number in found:
+            record = self._papers[number]
+            counts["leaf"].update(record.leaves)
+            counts["year"][str(record.year or "unknown")] += 1
+            counts["venue"][record.venue.name if record.venue else "none"] += 1
+            counts["has"].update(["code"] * record.has_code + ["runnable"] * bool(record.runnable))
+            for name, values in record.facets.model_dump().items():
+                counts.setdefault(name, Counter()).update(values)
+        return counts
+
+    def _find(
+        self, query: str, filters: Filters | None, sort: Sort
+    ) -> tuple[list[int], dict[int, float], Match, list[str]]:
+        """Numbers of the papers in order, scores of the first of them, how they matched, the words of the query."""
         if not isinstance(query, str):
             raise TypeError(f"query must be a string, given {type(query).__name__}")
         if sort not in get_args(Sort):
             raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, given {sort!r}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be at least 1 or None, given {limit}")
-        accept = (filters or Filters()).compile()
-        text = " ".join(_CONTROL.sub(" ", query).split())
+        accept = filters.compile() if filters is not None and filters != Filters() else None
+        text = clean_query(query)
         words: list[str] = []
+        scores: dict[int, float] = {}
+        match: Match = "all"
         if not text:
-            scores: dict[int, float] = dict.fromkeys(range(len(self.records)), 0.0)
-            match: Match = "all"
+            found = list(range(len(self._papers)))
         elif (record := lookup(self._table, text)) is not None:
-            scores, match = {self._number[record.key]: 0.0}, "exact"
+            found, match = [self._number[record.key]], "exact"
+        elif identify(text) is not None:
+            found = []  # an identifier that no record has: papers with the same digits are of no help
         else:
-            words = _words(text)
+            words = query_words(text)
             with self._lock:
-                scores, match = self._rank(text, words)
-        found = [number for number in scores if accept(self.records[number])]
-        found.sort(key=self._order.__getitem__)  # Python's sort is stable: this order decides between equals below
-        if sort == "relevance":
-            found.sort(key=lambda number: round(scores[number], 9))
-        elif sort == "added":
-            found.sort(key=lambda number: self.records[number].added, reverse=True)
-        shown = found if limit is None else found[:limit]
-        with self._lock:
-            spans = self._spans(words, shown)
-        hits = tuple(Hit(self.records[number], scores[number], spans.get(number, ())) for number in shown)
-        return Result(hits, len(found), match if found else "none")
+                found, scores, match = self._rank(text, words)
+        if accept is not None:
+            found = [number for number in found if accept(self._papers[number])]
+        if sort != "relevance":
+            found.sort()
+            if sort == "added":  # Python's sort is stable: the order of numbers decides between equals
+                found.sort(key=lambda number: self._papers[number].added, reverse=True)
+        return found, scores, match, words
 
-    def _rank(self, text: str, words: list[str]) -> tuple[dict[int, float], Match]:
-        """Scores (smaller is better) of the papers that have every word, else of those that have most words.
+    def _rank(self, text: str, words: list[str]) -> tuple[list[int], dict[int, float], Match]:
+        import numpy as np
 
-        Which papers have a word is asked first, which is cheap; only the papers that remain are scored.
+        terms = load_terms()
+        used = [place for place, word in enumerate(words) if word not in terms.ignored] or list(range(len(words)))
+        size = len(self._papers)
+        if not used or not size:
+            return [], {}, "none"
+        having = _Having(self._postings, self._stemmer)
+        strength = {place: having.typed(words[place], last=place == len(words) - 1) for place in used}
+        idf = {place: np.log1p(size / (np.count_nonzero(m >= 0.3) + 0.5)) for place, m in strength.items()}
+        has_all = bool(np.logical_and.reduce([m > 0 for m in strength.values()]).any())
+        for start, end, others in terms.phrases(words):
+            for phrase, factor in others:
+                if (other := having.phrase(phrase)) is not None:
+                    for place in range(start, end):
+                        if place in strength:
+                            # Having both the word and one of its meaning is a little better than having one.
+                            alike = other * np.float32(factor)
+                            both = np.float32(_BOTH) * np.minimum(strength[place], alike)
+                            strength[place] = np.maximum(strength[place], alike) + both
+        every = np.logical_and.reduce([m > 0 for m in strength.values()])
+        score = sum(np.float32(idf[place]) * m for place, m in strength.items()) / np.float32(sum(idf.values()))
+        enough = score >= max(_ENOUGH, _NEAR_BEST * float(score.max()))
+        normal = normal_title(text)
+        score += np.float32(_ALL_WORDS) * every
+        for table, bonus in ((self._titles, _TITLE), (self._names, _NAME)):
+            for number in table.get(normal, ()):
+                score[number] += bonus
+                enough[number] = True
+        stems = self._stemmer.stem(words)
+        asked = [stems[words[place]] for place in used]
+        self._add_feedback(score, asked)
+        chosen = np.flatnonzero(enough | every)
+        ranked = chosen[np.argsort(-np.round(score[chosen], 6), kind="stable")].tolist()
+        scores = {
+            number: round(float(score[number]) + _title_bonus(self._title_stems[number], asked), 6)
+            for number in ranked[:_RERANKED]
+        }
+        head = sorted(scores, key=lambda number: (-scores[number], number))
+        return [*head, *ranked[_RERANKED:]], scores, "all" if has_all else "some"
+
+    def _add_feedback(self, score: Any, asked: Sequence[str]) -> None:
+        """Let the best papers speak for others: of their topic, and with the title words that several of them share.
+
+        What people mean by a query is often clearer from the papers that answer it best than from its words.
         """
-        last = len(words) - 1
-        found = [self._word(word, last=place == last) for place, word in enumerate(words) if re.search(r"[^\W_]", word)]
-        if not found:
-            return {}, "none"
-        counts = Counter(number for papers, _ in found for number in papers)
-        most = max(counts.values(), default=0)
-        if most == 0 or (most < len(found) and most * 2 < len(found)):
-            return {}, "none"
-        scores = dict.fromkeys((number for number, count in counts.items() if count == most), 0.0)
-        together: dict[tuple[str, float], list[str]] = {}
-        for _, parts in found:
-            for table, match, factor in parts:
-                together.setdefault((table, factor), []).append(match)
-        for (table, factor), matches in together.items():
-            self._score(scores, table, " OR ".join(matches), factor)  # bm25 adds up over the words
-        if len(words) > 1:
-            self._score(scores, "stemmed", _quote(" ".join(words)), _PHRASE_BONUS)
-        # What was asked for by its whole title, or by the name before the colon, comes first.
-        for table, bonus in ((self._titles, _TITLE_BONUS), (self._names, _NAME_BONUS)):
-            for number in table.get(normal_title(text), ()):
-                if number in scores:
-                    scores[number] -= bonus
-        return scores, "all" if most == len(found) else "some"
+        import numpy as np
 
-    def _word(self, word: str, *, last: bool) -> tuple[set[int], list[tuple[str, str, float]]]:
-        """Papers with one word, and what to score them by: (table, match, factor).
+        best = np.argpartition(-score, min(_FROM, len(score)) - 1)[:_FROM]
+        best = sorted(best[score[best] > 0].tolist())
+        weights = {number: float(score[number]) for number in best}
+        whole = sum(weights.values())
+        topics: dict[str, float] = {}
+        stems: dict[str, float] = {}
+        times: Counter[str] = Counter()
+        for number, weight in weights.items():
+            leaf = self._papers[number].taxonomy.primary
+            topics[leaf] = topics.get(leaf, 0.0) + weight / whole
+            for stem in sorted(set(self._title_stems[number]).difference(asked, load_terms().ignored)):
+                if len(stem) > 2:
+                    times[stem] += 1
+                    stems[stem] = stems.get(stem, 0.0) + weight / whole
+        for leaf, share in topics.items():
+            score[self._in_leaf[leaf]] += np.float32(_TOPIC * share)
+        shared = []
+        for stem, share in stems.items():
+            if times[stem] >= 2:
+                stretches = self._postings.stem(stem)
+                count = sum(len(docs) for docs, _ in stretches)
+                shared.append((share * float(np.log1p(len(score) / (count + 0.5))), stem, stretches))
+        shared = sorted(shared, key=lambda entry: (-entry[0], entry[1]))[:_SHARED]
+        for value, _, stretches in shared:
+            for docs, fields in stretches:
+                score[docs] += np.float32(_TERMS * value / sum(entry[0] for entry in shared)) * _stemmed_table()[fields]
 
-        The word counts whole and stemmed, else as a beginning, else as a part. The last word is looked up as a
-        beginning as well, because it may still be being typed.
+    def _wanted(self, words: list[str]) -> Wanted:
+        if not words:
+            return Wanted()
+        last = words[-1] if len(words[-1]) >= 2 else ""
+        return Wanted(self._postings.family(words), last, words)
+
+
+class _Having:
+    """How well every paper has a word or phrase, as float32 arrays in [0, 1]; each is worked out once a query."""
+
+    def __init__(self, postings: Postings, stemmer: Stemmer) -> None:
+        self._postings, self._stemmer = postings, stemmer
+        self._kept: dict[str, Any] = {}
+
+    def typed(self, word: str, *, last: bool) -> Any:
+        """A word of the user: whole or by its stem, else as a beginning, else as a part.
+
+        The last word counts as a beginning as well, because it may still be being typed.
         """
-        quoted, length = _quote(word), len(re.sub(r"[\W_]", "", word))
-        parts = [("stemmed", quoted, 1.0), ("plain", quoted, 1.0)]  # as typed counts on top of its stem
-        papers = self._papers("stemmed", quoted) | self._papers("plain", quoted)
-        if (last or not papers) and length >= 2:
-            parts.append(("plain", f"{quoted} *", _PREFIX_FACTOR))
-            papers |= self._papers("plain", f"{quoted} *")
-        if not papers and len(word) >= 3:
-            piece = _quote(to_latin(word).lower())
-            parts, papers = [("pieces", piece, _PIECE_FACTOR)], self._papers("pieces", piece)
-        return papers, parts
+        import numpy as np
 
-    def _papers(self, table: str, match: str) -> set[int]:
-        rows = self._database.execute(f"SELECT rowid FROM {table} WHERE {table} MATCH ?", (match,))
-        return {number for (number,) in rows}
+        found = self.word(word)
+        missing = not found.any()
+        if (last or missing) and len(word) >= 2:
+            found = found.copy()
+            docs, fields = self._postings.beginning(word)
+            np.maximum.at(found, docs, _table()[fields] * np.float32(_BEGINNING if missing else _LONGER))
+            missing = not found.any()
+        if missing and len(word) >= 3:
+            found = found.copy()
+            for docs, fields in self._postings.containing(word):
+                found[docs] = np.maximum(found[docs], _table()[fields] * np.float32(_PART))
+        return found
 
-    def _score(self, scores: dict[int, float], table: str, match: str, factor: float) -> None:
-        """Add the bm25 of a match to the papers that are in ``scores``."""
-        statement = f"SELECT rowid, {_BM25[table]} FROM {table} WHERE {table} MATCH ?"
-        if len(scores) * 4 < len(self.records):
-            # Read on and skip: without the plus SQLite would start the match anew for every paper.
-            statement += f" AND +rowid IN ({','.join(map(str, scores))})"
-        for number, score in self._database.execute(statement, (match,)):
-            if number in scores:
-                scores[number] += score * factor
+    def word(self, word: str) -> Any:
+        import numpy as np
 
-    def _spans(self, words: list[str], numbers: list[int]) -> dict[int, tuple[tuple[int, int], ...]]:
-        """Places in the titles to highlight, from the index; parts of words are found by comparing letters."""
-        usable = [word for word in words if re.search(r"[^\W_]", word)]
-        if not usable or not numbers:
-            return {}
-        spans: dict[int, set[tuple[int, int]]] = {number: set() for number in numbers}
-        chosen = ",".join(str(number) for number in numbers)
-        tables = (("stemmed", " OR ".join(_quote(word) for word in usable)), ("plain", f"{_quote(usable[-1])} *"))
-        for table, match in tables:
-            statement = (
-                f"SELECT rowid, highlight({table}, 0, char(2), char(3)) FROM {table} "
-                f"WHERE {table} MATCH ? AND +rowid IN ({chosen})"
-            )
-            for number, marked in self._database.execute(statement, (match,)):
-                spans[number].update(_marked_spans(marked))
-        for number in numbers:
-            if not spans[number]:
-                title = self.records[number].title.lower()
-                for word in usable:
-                    place = title.find(word.lower()) if len(word) >= 3 else -1
-                    if place >= 0:
-                        spans[number].add((place, place + len(word)))
-        return {number: _merged(found) for number, found in spans.items()}
+        if word not in self._kept:
+            found = np.zeros(self._postings.count, dtype=np.float32)
+            docs, fields = self._postings.word(word)
+            found[docs] = _table()[fields]
+            stem = self._stemmer.stem([word])[word]
+            for docs, fields in self._postings.stem(stem):
+                found[docs] = np.maximum(found[docs], _stemmed_table()[fields] * np.float32(_STEM))
+            self._kept[word] = found
+        return self._kept[word]
+
+    def phrase(self, words: Sequence[str]) -> Any:
+        """All of the words, or ``None`` where one of them is nowhere."""
+        import numpy as np
+
+        arrays = [self.word(word) for word in words]
+        together = np.minimum.reduce(arrays) if len(arrays) > 1 else arrays[0]
+        return together if together.any() else None
 
 
-def _row(number: int, record: Record) -> tuple[int | str, ...]:
+def _title_bonus(title: Sequence[str], asked: Sequence[str]) -> float:
+    """For stems that stand side by side in the title as in the query, and for a title that holds little else."""
+    if not title:
+        return 0.0
+    wanted = set(asked)
+    pairs = set(pairwise(title))
+    side = sum(pair in pairs for pair in pairwise(asked))
+    share = sum(stem in wanted for stem in title) / len(title)
+    return (_SIDE_BY_SIDE * side / (len(asked) - 1) if len(asked) > 1 else 0.0) + _LITTLE_ELSE * share
+
+
+@cache
+def _table() -> Any:
+    """The largest weight of the fields in a set of fields (a byte)."""
+    return _weights(FIELDS)
+
+
+@cache
+def _stemmed_table() -> Any:
+    return _weights(STEMMED)
+
+
+def _weights(fields: Sequence[str]) -> Any:
+    import numpy as np
+
+    bits = [(1 << place, FIELD_WEIGHTS[name]) for place, name in enumerate(FIELDS) if name in fields]
+    values = [max((weight for bit, weight in bits if byte & bit), default=0.0) for byte in range(256)]
+    return np.array(values, dtype=np.float32)
+
+
+def _row(record: Record, known_as: Sequence[str], abstract: str) -> tuple[str, ...]:
+    """The texts of a paper in the order of :data:`~latentcot.catalog.postings.FIELDS`."""
     leaves = load_taxonomy().leaves
-    tags = [leaves[slug].name for slug in record.leaves if slug in leaves]
-    tags += [slug.replace("/", " ").replace("-", " ") for slug in record.leaves]
-    tags += [value.replace("-", " ") for values in record.facets.model_dump().values() for value in values]
+    filed = [leaves[slug] for slug in record.leaves if slug in leaves]
+    tags = [leaf.name for leaf in filed] + [slug.replace("/", " ") for slug in record.leaves]
+    facets = record.facets
+    tags += [*facets.mechanism, *facets.stage, *facets.modality, *facets.domain]
     venue = record.venue
-    venue_text = " ".join(str(part) for part in (venue.name, venue.year, venue.track) if part) if venue else ""
-    names = [record.key, record.citekey, *record.citekey_aliases, *(v for v in record.ids.model_dump().values() if v)]
-    other = " | ".join(record.other_titles)
-    pieces = to_latin(" | ".join([record.title, *record.other_titles, *record.author_names])).lower()
-    authors = " | ".join(record.author_names)
-    return (number, record.key, record.title, other, "", authors, " | ".join(tags), venue_text, " ".join(names), pieces)
-
-
-def _words(text: str) -> list[str]:
-    """The words of a query, each once and none absurdly long."""
-    return list(dict.fromkeys(word[:MAX_WORD] for word in text.split()))[:MAX_WORDS]
-
-
-def _quote(word: str) -> str:
-    return '"' + word.replace('"', '""') + '"'
-
-
-def _marked_spans(marked: str) -> list[tuple[int, int]]:
-    spans, start, length = [], 0, 0
-    for char in marked:
-        if char == "\x02":
-            start = length
-        elif char == "\x03":
-            spans.append((start, length))
-        else:
-            length += 1
-    return spans
-
-
-def _merged(spans: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
+    when = [str(record.year)] if record.year else []
+    where = [str(part) for part in (venue.name, venue.year, venue.track) if part] if venue else []
+    ids = record.ids
+    names = [record.key, record.citekey, *record.citekey_aliases, *known_as]
+    names += [value for value in (ids.doi, ids.openreview, ids.acl, ids.dblp, ids.s2) if value]
+    names += [link.url.rstrip("/").rpartition("/")[2] for link in record.links if link.kind in ("code", "weights")]
+    other = [*record.other_titles, *sorted(hump_words(record.title))]
+    return (
+        record.title, " | ".join(other), " | ".join(names), " | ".join(record.author_names), " | ".join(tags),
+        " ".join([*where, *when]), " ".join(leaf.definition for leaf in filed), abstract,
+    )  # fmt: skip
 
 
 def _date(record: Record) -> str:
