@@ -1,0 +1,9 @@
+"""Block diffusion: masked diffusion inside a block, autoregression from block to block, on any stack of the backbone.
+
+Letters as in the package above; b block length, n_b blocks of a sequence, S_c the state before block c.
+"""
+
+from latentcot.diffusion_reasoning.block_diffusion.masks import two_stream_mask
+from latentcot.diffusion_reasoning.block_diffusion.model import BlockDiffusionModel, BlockState
+
+__all__ = ["BlockDiffusionModel", "BlockState", "two_stream_mask"]
