@@ -22,6 +22,7 @@ from torch import Tensor
 from latentcot.backbone import HybridForCausalLM, ModelState, SequenceContext
 from latentcot.backbone.block import Block
 from latentcot.reasoner import Reasoner
+from latentcot.recurrent_depth.columns import closed, grows_in_place, opened
 from latentcot.recurrent_depth.exit_rule import NO_EXIT, ExitRule
 from latentcot.recurrent_depth.gradient_window import FULL, GradientWindow
 from latentcot.recurrent_depth.initial_state import InitialState
@@ -254,6 +255,9 @@ class DepthLoop(Reasoner):
             )
         if not ragged:
             self._check_depth(state, r)
+        if grows_in_place(state, input_ids.shape[1]):
+            outside = [*range(self.prelude.stop), *range(self.coda.start, self.coda.stop)]
+            state = opened(state, outside if ragged else None)  # type: ignore[arg-type]
         embedded, state = self.backbone.run(embedded, context, self.prelude, state)
         s = self._start(embedded, initial_state, generator)
         kept = filled = previous = None
@@ -262,6 +266,7 @@ class DepthLoop(Reasoner):
             before = self.backbone.new_state() if state is None else state
             found = run_pass(self, policy, exit_rule, s, embedded, context, before, r, window)  # type: ignore[arg-type]
             s, taken, state, filled = found.final, found.recurrences, found.state, found.filled
+            previous = found.previous
         elif exit_rule.active:
             s, taken = self._loop_with_exits(s, embedded, context, r, exit_rule, window)
         else:
@@ -275,7 +280,7 @@ class DepthLoop(Reasoner):
             taken = torch.full((len(s),), r, device=s.device)
         hidden, state = self.finish(s, context, state)
         logits = self.backbone.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        state = None if state is None else state.advance(context)
+        state = None if state is None else closed(state).advance(context)
         return LoopOutput(hidden, logits, s, taken, state, kept if record else None, filled, previous)
 
     def _start(self, embedded: Tensor, given: Tensor | None, generator: torch.Generator | None) -> Tensor:

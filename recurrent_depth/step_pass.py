@@ -2,12 +2,14 @@
 :class:`~latentcot.recurrent_depth.StepCache`.
 
 Rows that settle are taken out of the computation; their keys, values and linear states are kept as far as they went. The
-state before the pass is never touched: every read sees it, every write is collected and joined at the end.
+state before the pass is never touched: every read sees it, every write is collected and joined at the end. One token a row without
+gradient, keys and values are neither copied nor joined: they go to the column behind those of the state
+(:mod:`~latentcot.recurrent_depth.columns`), and the rows still at work read theirs where they lie.
 """
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentcot.backbone import ModelState, SequenceContext
+from latentcot.backbone.mixers.base import LOWER_BOUNDS
 from latentcot.backbone.state import LayerState, Place
+from latentcot.recurrent_depth.columns import ATTENTION, OpenColumns, Tail, grows_in_place, runs_of
 from latentcot.recurrent_depth.exit_rule import ExitRule
 from latentcot.recurrent_depth.gradient_window import FULL, GradientWindow
 from latentcot.recurrent_depth.step_cache import SLOT_BLOCK, StepCache, depth_of, first_writer, mark
@@ -23,18 +27,29 @@ from latentcot.recurrent_depth.step_cache import SLOT_BLOCK, StepCache, depth_of
 if TYPE_CHECKING:
     from latentcot.recurrent_depth.loop import DepthLoop
 
-ATTENTION = "attention"
-
 
 @dataclass
 class PassResult:
     """``final [B, S, D]`` s_r; ``recurrences [B]``; ``state`` with the core's entries and the rule, not yet advanced;
-    ``filled [B]``: recurrences whose gaps were filled."""
+    ``filled [B]``: recurrences whose gaps were filled; ``previous [B, S, D]``: s_{r-1} of each row, without gradient."""
 
     final: Tensor
     recurrences: Tensor
     state: ModelState
     filled: Tensor
+    previous: Tensor
+
+
+@dataclass
+class Chosen:
+    """Rows at work, and what is worked out once for each set of them: ``context``, and ``lengths`` and ``valid`` of the state."""
+
+    rows: Tensor
+    context: SequenceContext
+    lengths: Tensor | None
+    valid: Tensor | None
+    runs: list[tuple[int, int]] | None = None
+    hidden: dict[int, SequenceContext] = field(default_factory=dict)
 
 
 class StepPass:
@@ -66,35 +81,44 @@ class StepPass:
         self.writes: dict[Place, list[tuple[Tensor, LayerState]]] = {}
         self.taken = torch.zeros(self.batch, dtype=torch.int64, device=context.positions.device)
         self.filled = torch.zeros_like(self.taken)
-        self._latest = (self.taken, context)
-        self.left: list[tuple[Tensor, int, dict[int, Tensor], SequenceContext]] = []
+        self.in_place = grows_in_place(past, self.new) and policy.kind not in ("always_last", "random")
+        self.tails: dict[Place, Tail] = {}
+        everyone = torch.arange(self.batch, device=context.positions.device)
+        self._latest = Chosen(everyone, context, past.lengths, past.valid)
+        self.left: list[tuple[Tensor, int, dict[int, Tensor]]] = []
 
-    def context_of(self, rows: Tensor) -> SequenceContext:
-        """The context of some rows; all of them when none has left."""
-        if len(rows) == self.batch:
-            return self.context
-        if rows is self._latest[0]:  # rotary tables and masks are worked out once for each set of rows
-            return self._latest[1]
-        made = SequenceContext.build(
-            len(rows),
-            self.new,
-            rows.device,
-            attention_mask=self.context.real_tokens[rows],
-            state=self.state_of(rows, {}),
-            keep_state=True,
-        )
-        self._latest = (rows, made)
-        return made
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def chosen(self, rows: Tensor) -> Chosen:
+        """Those rows; rotary tables and masks are worked out once for each set."""
+        last = self._latest.rows
+        if rows is last or (len(rows) == len(last) and torch.equal(rows, last)):
+            return self._latest
+        mask = self.context.mask
+        mask = None if mask is None or bool(mask[rows].all()) else mask[rows]
+        lengths = None if self.past.lengths is None else self.past.lengths[rows]
+        valid = None if self.past.valid is None else self.past.valid[rows]
+        context = SequenceContext(self.context.positions[rows], mask, valid, keep_state=True)
+        self._latest = Chosen(rows, context, lengths, valid, runs_of(rows))
+        return self._latest
+
+    def context_of(self, rows: Tensor, needed: int = 0) -> SequenceContext:
+        """The context of some rows. Attention sees earlier tokens of at least ``needed`` recurrences."""
+        chosen = self.chosen(rows)
+        if needed <= self.shallowest:
+            return chosen.context
+        if needed not in chosen.hidden:
+            assert chosen.valid is not None
+            seen = chosen.valid & (self._of(self.depth, rows) >= needed)
+            chosen.hidden[needed] = replace(chosen.context, past_valid=seen)
+        return chosen.hidden[needed]
 
     def state_of(self, rows: Tensor, entries: dict[Place, LayerState]) -> ModelState:
         """A state of these rows with nothing in it but ``entries``."""
         if self.past.is_fresh:
             return ModelState(self.past.fingerprint)
-        assert self.past.lengths is not None
-        assert self.past.valid is not None
-        return ModelState(
-            self.past.fingerprint, entries, self._of(self.past.lengths, rows), self._of(self.past.valid, rows)
-        )
+        chosen = self.chosen(rows)
+        return ModelState(self.past.fingerprint, entries, chosen.lengths, chosen.valid)
 
     def _of(self, tensor: Tensor, rows: Tensor) -> Tensor:
         return tensor if len(rows) == self.batch else tensor[rows]
@@ -105,38 +129,64 @@ class StepPass:
         return self.state_of(rows, {(b, 0): self._rows((b, 0), state, rows) for b in blocks if (b, 0) in state.entries})
 
     def _rows(self, place: Place, state: ModelState, rows: Tensor) -> LayerState:
-        return state.entries[place].map(lambda t: self._of(t, rows))
+        entry = state.entries[place]
+        return (
+            self._open(entry.tail, rows) if isinstance(entry, OpenColumns) else entry.map(lambda t: self._of(t, rows))
+        )
+
+    def _open(self, tail: Tail, rows: Tensor) -> OpenColumns:
+        if len(rows) == self.batch:
+            return OpenColumns(ATTENTION, {}, tail)
+        return OpenColumns(ATTENTION, {}, tail, rows, self.chosen(rows).runs)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def view(self, block: int, recurrence: int, rows: Tensor) -> tuple[LayerState | None, Tensor | None]:
-        """What ``block`` reads at ``recurrence``, and which earlier columns it sees ``[n, T]`` (``None`` = all real ones)."""
+    def view(self, block: int, recurrence: int, rows: Tensor) -> tuple[LayerState | None, int]:
+        """What ``block`` reads at ``recurrence``, and how many recurrences an earlier token needs to be seen."""
         if self.past.is_fresh:
-            return None, None
+            return None, 0
         j = block - self.loop.core.start
-        depth = self._of(self.depth, rows)
         if (
             self.policy.kind == "full"
             and recurrence >= self.shallowest
             and (self.policy.linear == "per_step" or j in self.attention)
         ):
-            self._refuse_gaps(depth, recurrence, block, rows)
+            self._refuse_gaps(self._of(self.depth, rows), recurrence, block, rows)
         if j in self.linear:
             entry = self._linear(block, recurrence)
-            return (None if entry is None else entry.map(lambda t: self._of(t, rows))), None
+            return (None if entry is None else entry.map(lambda t: self._of(t, rows))), 0
         step = recurrence * self.core + j
+        needed = recurrence + 1 if self.policy.kind in ("full", "skip") and self.policy.hides else 0
         if self.policy.compressed:
-            return self._slot(step, depth, rows)
-        if self.policy.kind in ("full", "skip"):
-            hidden = self.policy.hides and recurrence >= self.shallowest
-            entry = self.past.entries.get((block, recurrence))
-            found = self._empty(rows) if entry is None else self._rows((block, recurrence), self.past, rows)
-            return found, (depth > recurrence if hidden else None)
+            # Slots are re-used, so that a token shallower than the first writer never wrote this one.
+            slot = self.policy.slot(step, self.core)
+            needed = first_writer(self.policy, slot, self.core, self.attention) // self.core + 1
+        place = self._place(block, recurrence)
+        if self.in_place:
+            return self._open(self._tail(place), rows), needed
         if self.policy.copies:  # each place holds every column, copies included
-            return self._rows((block, min(recurrence, self.deepest - 1)), self.past, rows), None
-        return self._gathered(
-            block, self.policy.source(recurrence, step, depth, self._of(self.position, rows)), rows
-        ), None
+            return self._rows((block, min(recurrence, self.deepest - 1)), self.past, rows), 0
+        if self.policy.compressed or self.policy.kind in ("full", "skip"):
+            return self._rows(place, self.past, rows) if place in self.past.entries else self._empty(rows), needed
+        source = self.policy.source(recurrence, step, self._of(self.depth, rows), self._of(self.position, rows))
+        return self._gathered(block, source, rows), 0
+
+    def _place(self, block: int, recurrence: int) -> Place:
+        """Where an attention block keeps its keys and values."""
+        if not self.policy.compressed:
+            return block, recurrence
+        step = recurrence * self.core + block - self.loop.core.start
+        return SLOT_BLOCK, self.policy.slot(step, self.core)
+
+    def _tail(self, place: Place) -> Tail:
+        """The column that this pass writes at ``place``; earlier tokens that were never there have zeros, or copies."""
+        if place not in self.tails:
+            entry = self.past.entries.get(place)
+            if entry is None and self.policy.copies:
+                deepest = self.past.entries[place[0], self.deepest - 1]
+                entry = LayerState(ATTENTION, deepest.tensors)  # not its buffer, which goes on where it is
+            self.tails[place] = Tail(self._empty() if entry is None else entry)
+        return self.tails[place]
 
     def _gathered(self, block: int, source: Tensor, rows: Tensor) -> LayerState:
         """Each column from a recurrence of its own, ``source [n, T]``."""
@@ -160,17 +210,11 @@ class StepPass:
                 "'latest' and 'skip' allow gaps"
             )
 
-    def _slot(self, step: int, depth: Tensor, rows: Tensor) -> tuple[LayerState, Tensor]:
-        slot = self.policy.slot(step, self.core)
-        # Slots are re-used, so that a token shallower than the first writer never wrote this one.
-        seen = depth * self.core > first_writer(self.policy, slot, self.core, self.attention)
-        entry = self.past.entries.get((SLOT_BLOCK, slot))
-        return (self._empty(rows) if entry is None else entry.map(lambda t: self._of(t, rows))), seen
-
-    def _empty(self, rows: Tensor) -> LayerState:
-        """Keys and values of no token: zeros, which nobody sees."""
+    def _empty(self, rows: Tensor | None = None) -> LayerState:
+        """Keys and values of no token, for ``rows`` or all: zeros, which nobody sees."""
         entry = next(e for p, e in self.past.entries.items() if e.mixer == ATTENTION and self._in_core(p))
-        return entry.map(lambda t: torch.zeros_like(self._of(t, rows)))
+        count = self.batch if rows is None else len(rows)
+        return entry.map(lambda t: t.new_zeros(count, *t.shape[1:]))
 
     def _linear(self, block: int, recurrence: int) -> LayerState | None:
         """State of a linear block before this pass, for all rows."""
@@ -188,12 +232,12 @@ class StepPass:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def write(self, block: int, recurrence: int, rows: Tensor, entry: LayerState) -> None:
-        j = block - self.loop.core.start
+        if isinstance(entry, OpenColumns):
+            return  # it is where it belongs
         place = (block, recurrence)
-        if j in self.attention:
+        if block - self.loop.core.start in self.attention:
             entry = entry.map(lambda t: t[:, :, -self.new :])
-            if self.policy.compressed:
-                place = (SLOT_BLOCK, self.policy.slot(recurrence * self.core + j, self.core))
+            place = self._place(block, recurrence)
         elif self.policy.linear != "per_step":
             place = (block, 0)
             if self.policy.linear == "first" and recurrence:
@@ -204,30 +248,39 @@ class StepPass:
         """Rows that are done; ``inputs``: what each linear block of theirs read in the last recurrence."""
         self.taken[rows] = recurrences
         if self.policy.fills and self.linear:
-            self.left.append((rows, recurrences, inputs, self.context_of(rows)))
+            self.left.append((rows, recurrences, inputs))
 
     def _fill(self) -> Iterator[tuple[int, int, Tensor, LayerState]]:
-        """Writes of rows that left into the deeper linear states: the mixer reads once more what it read last."""
+        """Writes of rows that left into the deeper linear states: the mixer reads once more what it read last. All rows that
+        have left before a recurrence are written to it together."""
         deepest = max(self.deepest, int(self.taken.max()))
-        for rows, done, inputs, context in self.left:
-            for recurrence in range(done, deepest):
-                for block, hidden in inputs.items():
-                    layer: Any = self.loop.backbone.model.layers[block]
-                    before = self._linear(block, recurrence)
-                    before = None if before is None else before.map(lambda t, rows=rows: self._of(t, rows))
-                    _, after = layer.attn(hidden, context, before)
-                    yield block, recurrence, rows, after
+        for rows, done, _ in self.left:
             self.filled[rows] = max(0, deepest - done)
+        for recurrence in range(min((done for _, done, _ in self.left), default=deepest), deepest):
+            gone = [(rows, inputs) for rows, done, inputs in self.left if done <= recurrence]
+            rows, order = torch.cat([rows for rows, _ in gone]).sort()
+            context = self.context_of(rows)
+            context.tables.update({k: v for k, v in self.context.tables.items() if k == LOWER_BOUNDS})
+            for block in gone[0][1]:
+                layer: Any = self.loop.backbone.model.layers[block]
+                before = self._linear(block, recurrence)
+                before = None if before is None else before.map(lambda t, rows=rows: self._of(t, rows))
+                hidden = torch.cat([inputs[block] for _, inputs in gone])[order]
+                _, after = layer.attn(hidden, context, before)
+                yield block, recurrence, rows, after
 
     def finish(self, state: ModelState) -> ModelState:
         """``state`` with the core's new entries and the rule."""
         for block, recurrence, rows, entry in self._fill():
             self.writes.setdefault((block, recurrence), []).append((rows, entry))
         entries = dict(state.entries)
-        for place in [p for p in entries if self._in_core(p)]:
-            if entries[place].mixer == ATTENTION:  # deeper than this pass went: nobody wrote, the columns stay in step
+        inside = [p for p in entries if self._in_core(p) and entries[p].mixer == ATTENTION]
+        if self.in_place:
+            entries |= self._grown(inside)
+        else:
+            for place in inside:  # deeper than this pass went: nobody wrote, the columns stay in step
                 entries[place] = entries[place].map(lambda t: F.pad(t, (0, 0, 0, self.new)))
-        if self.policy.copies:
+        if self.policy.copies and not self.in_place:
             entries |= self._copied()
         for place, writes in self.writes.items():
             if not (self.policy.copies and writes[0][1].mixer == ATTENTION):  # those are joined above
@@ -235,6 +288,20 @@ class StepPass:
         old = self.taken.new_zeros(self.batch, 0) if self.past.is_fresh else self.depth
         depth = torch.cat([old, self.taken[:, None] * self.context.real_tokens], 1)
         return mark(replace(state, entries=entries), self.policy, depth)
+
+    def _grown(self, before: list[Place]) -> dict[Place, LayerState]:
+        """Every place with the new column, in which rows that did not come so far have zeros, or copies."""
+        for place in before:
+            self._tail(place)
+        for block in [self.loop.core.start + j for j in self.attention] if self.policy.copies else []:
+            donor = None
+            for recurrence in range(max(self.deepest, int(self.taken.max()))):
+                tail = self._tail((block, recurrence))
+                tail.fill(donor)
+                donor = tail
+        for tail in self.tails.values():
+            tail.fill()
+        return {place: tail.close() for place, tail in self.tails.items()}
 
     def _copied(self) -> dict[Place, LayerState]:
         """Keys and values of every recurrence, those of tokens that stopped before it copied from where they stopped."""
@@ -303,19 +370,20 @@ def run_pass(
     rows = torch.arange(len(start), device=start.device)
     s, memory = start, None
     without, _ = window.split(most)
-    done_rows, done_states = [], []
+    done_rows, done_states, done_before = [], [], []
     for i in range(most):
         part = passing.context_of(rows)
         with torch.no_grad() if i < without else nullcontext():
-            new, inputs = _recurrence(loop, passing, s, embedded, part, rows, i)
+            new, inputs = _recurrence(loop, passing, s, embedded, rows, i)
         leaving = torch.full_like(rows, i + 1 == most, dtype=torch.bool)
         if i + 1 < most and rule.due(i + 1):
             leaving, memory = loop.check_exit(s, new, part, rule, memory, passing.coda(state, rows))
             leaving = leaving & (i + 1 >= rule.min_steps)
-        s = new
+        before, s = s, new
         if bool(leaving.any()):
             done_rows.append(rows[leaving])
             done_states.append(s[leaving])
+            done_before.append(before[leaving].detach())
             passing.leave(rows[leaving], i + 1, {block: x[leaving] for block, x in inputs.items()})
             stay = ~leaving
             rows, s, embedded = rows[stay], s[stay], embedded[stay]
@@ -325,7 +393,7 @@ def run_pass(
     order = torch.cat(done_rows).argsort()
     final = torch.cat(done_states)[order]
     kept = passing.finish(state)
-    return PassResult(final, passing.taken, kept, passing.filled)
+    return PassResult(final, passing.taken, kept, passing.filled, torch.cat(done_before)[order])
 
 
 def _recurrence(
@@ -333,7 +401,6 @@ def _recurrence(
     passing: StepPass,
     s: Tensor,
     embedded: Tensor,
-    context: SequenceContext,
     rows: Tensor,
     number: int,
 ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -341,16 +408,13 @@ def _recurrence(
     hidden = loop.adapter(s, embedded)
     inputs = {}
     for block in range(loop.core.start, loop.core.stop):
-        view, seen = passing.view(block, number, rows)
+        view, needed = passing.view(block, number, rows)
         before = passing.state_of(rows, {} if view is None else {(block, number): view})
-        local = context
-        if seen is not None:
-            assert context.past_valid is not None
-            local = replace(context, past_valid=context.past_valid & seen)
         if block - loop.core.start in passing.linear:
             layer: Any = loop.backbone.model.layers[block]
             inputs[block] = hidden if layer.norm_placement == "post" else layer.attn_norm(hidden)
-        hidden, after = loop.backbone.run(hidden, local, slice(block, block + 1), before, number)
+        context = passing.context_of(rows, needed)
+        hidden, after = loop.backbone.run(hidden, context, slice(block, block + 1), before, number)
         assert after is not None
         passing.write(block, number, rows, after.entries[block, number])
     return (loop.backbone.model.norm(hidden) if loop.readout.loop_norm == "every_recurrence" else hidden), inputs

@@ -39,7 +39,23 @@ def start() -> torch.Tensor:
 
 
 def decode(loop: DepthLoop, ids, start, depths, policy: StepCache | None, cuts=None, **more):
-    """Token by token (or in ``cuts``), each with its own number of recurrences: logits and the state at the end."""
+    """Token by token (or in ``cuts``), each with its own number of recurrences: logits and the state at the end. With gradient states
+    are joined, without they grow in place; both say the same."""
+    logits, state = decode_once(loop, ids, start, depths, policy, cuts, **more)
+    with torch.no_grad():
+        other, grown = decode_once(loop, ids, start, depths, policy, cuts, **more)
+    bound = 1e-10 if logits.dtype == torch.float64 else 1e-5 * float(logits.detach().abs().max())
+    torch.testing.assert_close(other, logits, atol=bound, rtol=0)
+    assert state.entries.keys() == grown.entries.keys()
+    for place, entry in state.entries.items():
+        for name, tensor in entry.tensors.items():
+            torch.testing.assert_close(
+                grown.entries[place][name], tensor, atol=1e-9 if bound == 1e-10 else 1e-4, rtol=0
+            )
+    return logits, state
+
+
+def decode_once(loop: DepthLoop, ids, start, depths, policy: StepCache | None, cuts=None, **more):
     state, logits, at = None, [], 0
     for n, depth in zip(cuts or [1] * ids.shape[1], depths, strict=True):
         piece = slice(at, at + n)
