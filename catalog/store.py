@@ -26,7 +26,11 @@ class UnknownPaperError(CatalogError):
 
 def write_atomic(path: Path, text: str) -> bool:
     """Write ``text`` under a temporary name in the same folder and rename it; says whether a byte changed."""
-    data = text.encode("utf-8")
+    return write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, sync: bool = True) -> bool:
+    """As :func:`write_atomic`, for bytes. ``sync=False`` does not wait for the disk: for what may be lost, such as a cache."""
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +39,8 @@ def write_atomic(path: Path, text: str) -> bool:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         # mkstemp makes the file private; give it the mode that an ordinary new file would have.
         umask = os.umask(0)
         os.umask(umask)

@@ -1,0 +1,89 @@
+"""Who judges relevance: the trained scorer where it is there, a rule of key phrases where it is not. The summary says which."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from latentcot.catalog.classify import title_leaf
+from latentcot.catalog.leaves import load_table, load_taxonomy
+from latentcot.catalog.queue_store import Proposal, Score
+
+
+class Scorer(Protocol):
+    """Judges a paper by its title and, where there is one, its abstract. Deterministic, no network."""
+
+    name: str
+
+    def __call__(self, title: str, abstract: str | None) -> Score: ...
+
+
+class KeywordScorer:
+    """The fallback: 0.9 where a phrase of the queries stands in the title, 0.5 in the abstract, else 0.1; a leaf by title rules."""
+
+    name = "keywords 1"
+
+    def __init__(self, phrases: Sequence[str]) -> None:
+        self._phrases = [(phrase, re.compile(rf"(?<!\w){_flexible(phrase)}", re.IGNORECASE)) for phrase in phrases]
+
+    def __call__(self, title: str, abstract: str | None) -> Score:
+        in_title = [phrase for phrase, pattern in self._phrases if pattern.search(title)]
+        in_abstract = [phrase for phrase, pattern in self._phrases if abstract and pattern.search(abstract)]
+        rules = load_table("import_rules.json")
+        leaf = title_leaf(title, rules) or rules["title_default"]
+        reasons = [f"title: {phrase}" for phrase in in_title[:3]] + [
+            f"abstract: {p}" for p in in_abstract[:3] if p not in in_title
+        ]
+        probability = 0.9 if in_title else 0.5 if in_abstract else 0.1
+        return Score(
+            probability=probability,
+            leaves=[Proposal(leaf=leaf, probability=None)],
+            reasons=reasons or ["no key phrase"],
+            scorer=self.name,
+        )
+
+
+def _flexible(phrase: str) -> str:
+    return r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", phrase))
+
+
+class RelevanceScorer:
+    """The trained scorer of :mod:`latentcot.catalog.relevance`, brought to the form of the queue."""
+
+    def __init__(self, score: Callable[..., Any], name: str) -> None:
+        self._score, self.name = score, name
+
+    def __call__(self, title: str, abstract: str | None) -> Score:
+        found = self._score(title, abstract)
+        leaves = [leaf for leaf in _leaves(found) if leaf.leaf in load_taxonomy().leaves][:3]
+        reasons = [" ".join(str(reason).split())[:200] for reason in (getattr(found, "reasons", None) or [])]
+        # Six digits: enough to rank, and the same on every machine.
+        probability = round(min(1.0, max(0.0, float(found.probability))), 6)
+        return Score(probability=probability, leaves=leaves, reasons=[r for r in reasons if r][:8], scorer=self.name)
+
+
+def _leaves(found: Any) -> list[Proposal]:
+    many = getattr(found, "leaves", None) or getattr(found, "proposals", None)
+    if not many:
+        return [Proposal(leaf=found.leaf, probability=None)] if getattr(found, "leaf", None) else []
+    proposals = []
+    for item in many:
+        slug, chance = (item, None) if isinstance(item, str) else (item[0], round(float(item[1]), 6))
+        proposals.append(Proposal(leaf=slug, probability=None if chance is None else min(1.0, max(0.0, chance))))
+    return proposals
+
+
+def default_scorer(phrases: Sequence[str]) -> tuple[Scorer, str | None]:
+    """The trained scorer, else the keyword rule with the reason why."""
+    try:
+        from latentcot.catalog import relevance  # type: ignore[attr-defined]
+
+        score = relevance.score
+        score(
+            "Training large language models to reason in a continuous latent space"
+        )  # a missing model shows here, not mid-run
+    except Exception as error:
+        # Whatever is wrong with the model, candidates still have to reach the queue; the summary carries the reason.
+        return KeywordScorer(
+            phrases
+        ), f"the relevance model cannot be used ({type(error).__name__}: {error}); key phrases judge instead"
+    return RelevanceScorer(score, f"relevance {getattr(relevance, 'VERSION', 1)}"), None
