@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentcot.kernels.compile_together import compile_together, signature
 from latentcot.kernels.delta_rule import triton_channel, triton_scalar
 from latentcot.kernels.delta_rule.triton_plan import WINDOW, config, count, piece_bound, tokens
 
@@ -67,9 +68,19 @@ def _forward(
     buffers = [torch.empty(s, dtype=d, device=q.device) for s, d in shapes]
     gates = None if log_decay is None else tokens(log_decay)
     initial = None if initial_state is None else initial_state.contiguous()
-    launch = triton_channel.forward if gates is not None and gates.dim() == 4 else triton_scalar.forward
-    launch(tokens(q), tokens(k), tokens(v), tokens(beta), gates, scale, initial, cu_seqlens, keep, buffers)
+    family = triton_channel if gates is not None and gates.dim() == 4 else triton_scalar
     o, last, solved, sums, strengths, writes, kept = buffers
+    inputs = (tokens(q), tokens(k), tokens(v), tokens(beta), gates, scale, initial, cu_seqlens)
+
+    def launches() -> None:
+        family.forward(*inputs, keep, buffers)
+
+    def gradients() -> None:
+        family.backward(o, None, *inputs, solved, sums, strengths, writes, kept)
+
+    key = ("delta_rule", signature(*inputs, keep), q.device)
+    compile_together(key, q.device, launches, *([gradients] if keep else []))
+    launches()
     return o, last, solved, sums, strengths, writes, kept
 
 

@@ -15,6 +15,7 @@ gradient, row by row, at the beginning of a window of tokens, less the sum of x 
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_channel_solve import (
     level_factors,
     level_pairs,
@@ -24,6 +25,7 @@ from latentcot.kernels.delta_rule.triton_channel_solve import (
 from latentcot.kernels.delta_rule.triton_tiles import load_tile, power, store_tile
 
 
+@Entry
 @triton.jit
 def channel_left_kernel(
     q, k, sums, strengths, initial, writes, targets, d_o, d_q, d_k, gates, erase_products, offsets, scale,
@@ -103,6 +105,7 @@ def channel_left_kernel(
         state = tl.dot(tl.trans(u), keys, state, input_precision=PRECISION)
 
 
+@Entry
 @triton.jit
 def channel_right_kernel(
     q, k, sums, strengths, initial, d_last, checkpoints, writes, targets, d_o, d_k, gates, starts, offsets, windows,
@@ -199,6 +202,7 @@ def channel_right_kernel(
         tl.store(starts + at + key, tl.zeros([BLOCK], dtype=tl.float32), mask=key < K)
 
 
+@Entry
 @triton.jit
 def channel_gates_kernel(
     gates, starts, d_decay, offsets, windows, owners,

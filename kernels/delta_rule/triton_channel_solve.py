@@ -13,6 +13,7 @@ masked to its own pairs. Row e of the running sums is read from memory.
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_tiles import base_two, load_tile, power, store_tile
 
 
@@ -48,6 +49,7 @@ def level_pairs_transposed(b: tl.constexpr, C: tl.constexpr):
     return (i // (2 * b) == j // (2 * b)) & ((i // b) % 2 == 1) & ((j // b) % 2 == 0)
 
 
+@Entry
 @triton.jit
 def scale_kernel(
     q, k, log_decay, sums, reads, erases, writings, offsets, bases, owners,
@@ -116,6 +118,7 @@ def _invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     return T
 
 
+@Entry
 @triton.jit
 def channel_solve_kernel(
     q, k, beta, sums, solved, weights, strengths, offsets, bases, owners, scale,

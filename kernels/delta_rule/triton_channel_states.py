@@ -15,9 +15,11 @@ them: a decay per channel multiplies inside a product, so it is applied once, be
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_tiles import load_tile, power, store_tile
 
 
+@Entry
 @triton.jit
 def channel_forward_kernel(
     query, erase, write, v, solved, weights, sums, strengths, initial, o, last, writes, checkpoints, offsets, windows,
@@ -81,6 +83,7 @@ def channel_forward_kernel(
     store_tile(last + in_state, state, key * V, column, key < K, column < V)
 
 
+@Entry
 @triton.jit
 def channel_reverse_kernel(
     query, erase, write, v, solved, weights, sums, strengths, d_o, d_last, targets, d_v, d_initial, reads, offsets,

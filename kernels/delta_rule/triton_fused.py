@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentcot.kernels.compile_together import compile_together, signature
 from latentcot.kernels.delta_rule import triton_scalar
 from latentcot.kernels.delta_rule.triton import forward_shapes
 from latentcot.kernels.delta_rule.triton_plan import tokens
@@ -40,12 +41,22 @@ def _forward(
     buffers = [torch.empty(s, dtype=d, device=q.device) for s, d in _shapes(q, v, a, cu_seqlens, keep)]
     o, last, solved, sums, strengths, writes, kept, q_unit, k_unit, norms = buffers
     initial = None if initial_state is None else initial_state.contiguous()
-    triton_scalar.normalise(tokens(q), q_unit, norms[0])
-    triton_scalar.normalise(tokens(k), k_unit, norms[1])
     raw = Raw(A_log.contiguous(), dt_bias.contiguous(), largest)
-    triton_scalar.forward(
-        q_unit, k_unit, tokens(v), tokens(b), tokens(a), scale, initial, cu_seqlens, keep, buffers[:7], raw
-    )  # fmt: skip
+    inputs = (q_unit, k_unit, tokens(v), tokens(b), tokens(a), scale, initial, cu_seqlens)
+
+    def launches() -> None:
+        triton_scalar.normalise(tokens(q), q_unit, norms[0])
+        triton_scalar.normalise(tokens(k), k_unit, norms[1])
+        triton_scalar.forward(*inputs, keep, buffers[:7], raw)
+
+    def gradients() -> None:
+        triton_scalar.backward(
+            o, None, *inputs, solved, sums, strengths, writes, kept, raw._replace(norms=norms, o=o)
+        )  # fmt: skip
+
+    key = ("gated_delta_net", signature(*inputs, keep, q), q.device)
+    compile_together(key, q.device, launches, *([gradients] if keep else []))
+    launches()
     return o, last, solved, sums, strengths, writes, kept, q_unit, k_unit, norms
 
 

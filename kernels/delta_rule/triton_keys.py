@@ -45,6 +45,7 @@ used and let go before the other begins.
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_solve import softplus
 from latentcot.kernels.delta_rule.triton_tiles import (
     diagonal,
@@ -65,6 +66,7 @@ def erase_factor(b):
     return tl.where(tl.abs(b) < SMALL, 1.0, b)
 
 
+@Entry
 @triton.jit
 def pair_kernel(
     sums, strengths, writes, targets, d_o, reading, erasing, own, selves, offsets, bases, owners, scale,
@@ -122,6 +124,7 @@ def pair_kernel(
     store_tile(erasing + to, erase * (erase_factor(b)[:, None] * decays), row * HEADS * C, row, inside, row < C)
 
 
+@Entry
 @triton.jit
 def left_kernel(
     q, k, sums, strengths, norms, answers, own, reading, erasing, initial, writes, targets, d_o, d_q, d_k,
@@ -242,6 +245,7 @@ def left_kernel(
         state = tl.dot(tl.trans(u), k_tile, state, input_precision=PRECISION)
 
 
+@Entry
 @triton.jit
 def right_kernel(
     q, k, sums, strengths, norms, reads, own, selves, reading, erasing, d_last, writes, targets, d_o, d_k, left_products,
@@ -365,6 +369,7 @@ def right_kernel(
         store_tile(d_k + first * HEADS * K, left, row * HEADS * K, key, inside, key < K)
 
 
+@Entry
 @triton.jit
 def finish_kernel(
     strengths, reads, starts, read_products, erase_products, left_products, log_decay, log_rate, bias,

@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_tiles import load_tile, store_tile
 
 
+@Entry
 @triton.jit
 def norm_kernel(
     x, unit, norms,

@@ -20,6 +20,7 @@ kernels that walk the chunks one after the other read both in contiguous pieces 
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_tiles import base_two, load_tile, store_tile
 
 
@@ -73,6 +74,7 @@ def _invert(A, PRECISION: tl.constexpr):
     return T
 
 
+@Entry
 @triton.jit
 def solve_kernel(
     k, beta, log_decay, log_rate, bias, solved, sums, strengths, offsets, bases, owners,

@@ -24,6 +24,7 @@ the inverse in the cache. Row scalings are applied after a product wherever they
 import triton
 import triton.language as tl
 
+from latentcot.kernels.compile_together import Entry
 from latentcot.kernels.delta_rule.triton_tiles import (
     load_tile,
     pair_decays,
@@ -34,6 +35,7 @@ from latentcot.kernels.delta_rule.triton_tiles import (
 )
 
 
+@Entry
 @triton.jit
 def forward_kernel(
     q, k, v, solved, sums, strengths, initial, o, last, writes, checkpoints, offsets, windows, scale,
@@ -126,6 +128,7 @@ def forward_kernel(
     store_tile(last + in_state, state, state_rows, column, key < K, column < V)
 
 
+@Entry
 @triton.jit
 def reverse_kernel(
     q, k, v, o, solved, sums, strengths, initial, checkpoints, d_o, d_last, targets, d_v, d_initial, reads, answers, starts,
