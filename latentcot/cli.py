@@ -16,6 +16,7 @@ from latentcot.catalog.cli import papers_app
 from latentcot.site import site
 
 INTERRUPTED = 130  # exit code of a program stopped by Ctrl-C
+STUDIES = ("hybrid-ratio", "mqar", "mqar-capacity")  # of latentcot.compare.studies
 
 app = typer.Typer(
     name="latentcot",
@@ -51,7 +52,7 @@ def compare_command(
         str,
         typer.Argument(
             help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) half an hour, "
-            "`mqar` (recall at the published size) minutes."
+            "`mqar` (recall at the published size) minutes, `mqar-capacity` (recall against state bytes) minutes on a GPU."
         ),
     ] = "quickstart",
     out: Annotated[
@@ -62,7 +63,7 @@ def compare_command(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated methods (mixers for `hybrid-ratio` and `mqar`) instead of the preset's."),
+        typer.Option(help="Comma-separated methods (mixers for a study) instead of the preset's."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Another task instead of the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
@@ -71,15 +72,15 @@ def compare_command(
         int | None, typer.Option(help="Runs side by side, sharing the cores; default one a core, of one thread each.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="`hybrid-ratio`, `mqar`: about two minutes, to see that it runs.")
+        bool, typer.Option("--quick", help="Of a study: about two minutes, to see that it runs.")
     ] = False,
     page: Annotated[
-        Path | None, typer.Option(help="`hybrid-ratio`: folder of the written page; default the results' folder.")
+        Path | None, typer.Option(help="Of a study: folder of the written page; default the results' folder.")
     ] = None,
 ) -> None:
     """Train and evaluate several methods on one backbone and task; write table, plots and a report page."""
     _needs("compare", "accelerate", "matplotlib")
-    if preset in ("hybrid-ratio", "mqar"):
+    if preset in STUDIES:
         from latentcot.compare.studies import run_study
 
         for name, value in (("task", task), ("steps", steps), ("items", items)):
@@ -88,12 +89,12 @@ def compare_command(
         run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, _names(methods), page)
         return
     if quick or page is not None:
-        raise ValueError(f"--quick and --page belong to hybrid-ratio and mqar, not to {preset!r}")
+        raise ValueError(f"--quick and --page belong to studies ({', '.join(STUDIES)}), not to {preset!r}")
     from latentcot.compare import PRESETS, run_comparison, with_options, write_report
     from latentcot.compare.report import claim_sentences, terminal_table
 
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join([*PRESETS, 'hybrid-ratio', 'mqar'])}")
+        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join([*PRESETS, *STUDIES])}")
     comparison = with_options(PRESETS[preset](), steps=steps, methods=_names(methods), task=task, items=items)
     folder = out or Path("out") / preset
     console = Console()

@@ -247,7 +247,7 @@ def measure_recall(
         right = asked = 0
         for start in range(0, items, 250):
             made = task.dense(split, range(start, min(items, start + 250)), n)
-            _, hits, labels = scores(model, TokenBatch(made.ids, made.labels))
+            _, hits, labels = scores(model, TokenBatch(made.ids, made.labels).to(model.backbone.device))
             right, asked = right + hits, asked + labels
         found[str(n)] = right / asked
     return found
@@ -256,7 +256,8 @@ def measure_recall(
 def state_bytes(model: LanguageModel, length: int) -> int:
     """Bytes of the state after ``length`` tokens of one sequence, keys and values included, as the model holds it."""
     with torch.no_grad():
-        state = model.backbone(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=True).state
+        ids = torch.zeros(1, length, dtype=torch.long, device=model.backbone.device)
+        state = model.backbone(input_ids=ids, use_cache=True).state
     return int(state.nbytes)
 
 
@@ -287,7 +288,7 @@ def run_ratio_job(job: RatioJob, report: Report | None = None) -> dict[str, Any]
         }
     else:
         rows, held = text_rows(study, text)
-        nats, _, count = scores(model, replace(rows, last=None).take(held))
+        nats, _, count = scores(model, replace(rows, last=None).take(held).to(model.backbone.device))
         measured = {"loss": nats / count, "state_bytes": state_bytes(model, study.text_length)}
     result = {
         "schema": SCHEMA,

@@ -1,4 +1,4 @@
-"""``latentcot compare hybrid-ratio`` and ``latentcot compare mqar``: run a study, print its table, write its page."""
+"""The studies of ``latentcot compare`` (``hybrid-ratio``, ``mqar``, ``mqar-capacity``): run one, print its table, write its page."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,8 @@ from rich.markup import escape
 from latentcot.compare.hybrid_ratio import default_study, quick_study, run_ratio_study
 from latentcot.compare.hybrid_ratio_report import claim_lines, terminal_table, write_ratio_report
 from latentcot.compare.mqar import default_mqar, mqar_table, quick_mqar, run_mqar_study
+from latentcot.compare.mqar_capacity import default_capacity, quick_capacity, run_capacity_study
+from latentcot.compare.mqar_capacity_report import capacity_table, write_capacity_report
 
 
 def run_study(
@@ -21,25 +23,33 @@ def run_study(
     mixers: list[str] | None = None,
     page: Path | None = None,
 ) -> None:
-    """Run ``hybrid-ratio`` or ``mqar`` into ``out``; started again with the same folder, it goes on.
+    """Run a study into ``out``; started again with the same folder, it goes on.
 
     Args:
         quick: the variant of about two minutes.
-        seeds: default 2 for ``hybrid-ratio``, 1 for ``mqar``.
+        seeds: default 2 for ``hybrid-ratio``, 1 for the others.
         mixers: instead of the study's.
-        page: folder for the page of ``hybrid-ratio`` and its plots; default ``out``.
+        page: folder for the page and its plots; default ``out``. ``mqar`` has none.
 
     Raises:
         ValueError: whatever is wrong with the study, before anything runs.
     """
     if name == "mqar":
         if page is not None:
-            raise ValueError("--page belongs to hybrid-ratio, not to 'mqar'")
+            raise ValueError("--page belongs to hybrid-ratio and mqar-capacity, not to 'mqar'")
         study = quick_mqar() if quick else default_mqar()
         study = study if mixers is None else replace(study, mixers=tuple(mixers))
         results = run_mqar_study(study, out, 1 if seeds is None else seeds, jobs, console)
         console.print(mqar_table(results))
         console.print(f"Results: {(out / 'results.json').resolve()}", soft_wrap=True, highlight=False)
+        return
+    if name == "mqar-capacity":
+        capacity = quick_capacity() if quick else default_capacity()
+        capacity = capacity if mixers is None else replace(capacity, mixers=tuple(mixers))
+        results = run_capacity_study(capacity, out, 1 if seeds is None else seeds, jobs, console)
+        written = write_capacity_report(results, page or out)
+        console.print(capacity_table(results))
+        console.print(f"Page: {written.resolve()}", soft_wrap=True, highlight=False)
         return
     ratio = quick_study() if quick else default_study()
     ratio = ratio if mixers is None else replace(ratio, mixers=tuple(mixers))

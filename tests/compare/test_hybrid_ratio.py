@@ -288,7 +288,7 @@ def test_the_summary_is_means_over_seeds(done):
         (["hybrid-ratio", "--methods", "glaa"], "did you mean 'gla'"),
         (["hybrid-ratio", "--steps", "3"], "--steps belongs to other comparisons"),
         (["mqar", "--methods", "delta"], "did you mean 'deltanet'"),
-        (["quickstart", "--quick"], "--quick and --page belong to hybrid-ratio and mqar"),
+        (["quickstart", "--quick"], "--quick and --page belong to studies"),
         (["slowstart"], "quickstart, hybrid-ratio, mqar"),
     ],
 )
