@@ -20,6 +20,8 @@ _ESCAPES = {
     "~": r"{\textasciitilde}", "^": r"{\textasciicircum}", "\\": r"{\textbackslash}",
     "{": r"{\textbraceleft}", "}": r"{\textbraceright}",
 }  # fmt: skip
+_TABLE = str.maketrans(_ESCAPES)
+_SPECIAL = re.compile(r"[&%$#_~^\\{}]")
 # Math, escaped characters, accents and commands that a title may already hold.
 _TEX = re.compile(r"\$[^$]+\$|\\[&%$#_{}]|\\[`'^\"~=.]\{?[A-Za-z]\}?|\\[A-Za-z]+(?:\{[^{}]*\})?")
 _TRACKS = {
@@ -49,6 +51,8 @@ def venue_year(record: Record) -> int | None:
 
 def escape(text: str) -> str:
     """TeX special characters escaped, exactly once."""
+    if not _SPECIAL.search(text):
+        return text
     parts, last = [], 0
     for match in _TEX.finditer(text):
         if _balanced(match.group()):
@@ -58,7 +62,7 @@ def escape(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return "".join(_ESCAPES.get(char, char) for char in text)
+    return text.translate(_TABLE)
 
 
 def _balanced(tex: str) -> bool:
@@ -71,7 +75,7 @@ def protect(title: str) -> str:
     pieces = []
     for word in re.split(r"(\s+)", title):
         escaped = escape(word) if "$" not in title else word
-        pieces.append(f"{{{escaped}}}" if any(char.isupper() for char in word) else escaped)
+        pieces.append(f"{{{escaped}}}" if not word.islower() and any(map(str.isupper, word)) else escaped)
     if "$" not in title:
         return "".join(pieces)
     # Mathematics may hold blanks, so such a title is braced as a whole.

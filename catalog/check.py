@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from latentcot.catalog.bibtex import entry
 from latentcot.catalog.identifiers import Identifier, IdentifierError, parse_acl, parse_arxiv, parse_doi, record_key
 from latentcot.catalog.leaves import load_facets, load_taxonomy
 from latentcot.catalog.names import CITEKEY
-from latentcot.catalog.record import Record, dump_json, dump_record, folder_of, record_schema
+from latentcot.catalog.record import Record, dump_fast, dump_json, dump_record, folder_of, record_schema
 from latentcot.catalog.store import CATALOG, PAPERS, CatalogError, parse_record
 from latentcot.catalog.text import normal_title, without_name
+
+_OWN_KEYS = ("doi-", "openreview-", "acl-", "x-")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check saw. ``paths_checked`` is false in an installed copy, which has no repository around it."""
+    """What a check saw: keys of the records, and problems.
 
-    records: list[Record]
+    ``paths_checked`` is false in an installed copy, which has no repository around it.
+    """
+
+    records: list[str]
     problems: list[Problem]
     paths_checked: bool
 
@@ -46,8 +50,9 @@ def repository_root() -> Path | None:
 def check_catalog(papers: Path = PAPERS, root: Path | None = None) -> Checked:
     """Check every file below ``papers``; runnable paths are taken relative to ``root``."""
     root = root or repository_root()
-    records: list[Record] = []
+    across = _Across()
     problems: list[Problem] = []
+    later: list[Problem] = []
     for path in sorted(papers.glob("**/*")):
         if path.is_dir():
             continue
@@ -61,17 +66,16 @@ def check_catalog(papers: Path = PAPERS, root: Path | None = None) -> Checked:
         except CatalogError as error:
             problems.append(Problem(name, "schema", str(error).removeprefix(f"{name}: ")))
             continue
-        records.append(record)
         problems += _file(path, data, record, name)
-    for record in records:
-        problems += _record(record, root)
-    problems += _across(records)
-    problems += _tables()
-    return Checked(sorted(records, key=lambda record: record.key), problems, root is not None)
+        later += _record(record, root)
+        across.add(record)
+    problems += [*later, *across.problems(), *_tables()]
+    return Checked(sorted(across.keys), problems, root is not None)
 
 
 def _file(path: Path, data: bytes, record: Record, name: str) -> Iterator[Problem]:
-    if data != dump_record(record).encode():
+    # The fast writer gives the same text; the slow one is the definition and has the last word.
+    if data != dump_fast(record) and data != dump_record(record).encode():
         yield Problem(
             name, "format", "the file is not in canonical form (field order, two spaces, UTF-8, final newline)"
         )
@@ -80,7 +84,7 @@ def _file(path: Path, data: bytes, record: Record, name: str) -> Iterator[Proble
     folder = path.parent.name
     if not re.fullmatch(r"\d{4}", folder):
         yield Problem(name, "folder", f"expected four digits, given {folder!r}")
-    elif record.ids.arxiv and folder != folder_of(record.key, record.published, record.venue):
+    elif not record.key.startswith(_OWN_KEYS) and folder != folder_of(record.key, record.published, record.venue):
         yield Problem(
             name, "folder", f"expected {folder_of(record.key, record.published, record.venue)}, given {folder}"
         )
@@ -135,27 +139,45 @@ def _identifiers(record: Record) -> Iterator[Problem]:
             yield Problem(record.key, "id", f"{ids.acl!r} is not the canonical form of the Anthology id")
     except IdentifierError as error:
         yield Problem(record.key, "id", str(error))
-    if ids.arxiv and record_key(Identifier("arxiv", ids.arxiv)) != record.key:
+    # A key is permanent: a record that began without an arXiv id keeps its own, one that is called by an arXiv id has that id.
+    if ids.arxiv and not record.key.startswith(_OWN_KEYS) and record_key(Identifier("arxiv", ids.arxiv)) != record.key:
         yield Problem(record.key, "key", f"a paper with the arXiv id {ids.arxiv} must have it as its key")
 
 
-def _across(records: list[Record]) -> Iterator[Problem]:
-    seen: dict[tuple[str, str], list[str]] = defaultdict(list)
-    known = {record.key for record in records}
-    for record in records:
-        seen["key", record.key.lower()].append(record.key)
-        for kind, value in record.ids.model_dump().items():
+class _Across:
+    """What must differ between records. Records are not kept: a hundred thousand would fill the memory."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self._superseded: list[tuple[str, str]] = []
+        self._first: dict[tuple[str, str], str] = {}
+        self._several: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, record: Record) -> None:
+        key = record.key
+        self.keys.append(key)
+        self._see("key", key.lower(), key)
+        for kind, value in record.ids:
             if value:
-                seen[f"{kind} id", value if kind == "openreview" else value.lower()].append(record.key)
-        for name in dict.fromkeys(key.lower() for key in (record.citekey, *record.citekey_aliases)):
-            seen["citation key", name].append(record.key)
-        forms = {form for title in (record.title, *record.other_titles) for form in _forms(title)}
-        for form in sorted(forms):
-            seen["title", form].append(record.key)
-        if record.superseded_by and record.superseded_by not in known:
-            yield Problem(record.key, "superseded", f"superseded_by names no record: {record.superseded_by!r}")
-    for (rule, value), keys in seen.items():
-        if len(keys) > 1:
+                self._see(f"{kind} id", value if kind == "openreview" else value.lower(), key)
+        for name in dict.fromkeys(name.lower() for name in (record.citekey, *record.citekey_aliases)):
+            self._see("citation key", name, key)
+        for form in sorted({form for title in (record.title, *record.other_titles) for form in _forms(title)}):
+            self._see("title", form, key)
+        if record.superseded_by:
+            self._superseded.append((key, record.superseded_by))
+
+    def _see(self, rule: str, value: str, key: str) -> None:
+        first = self._first.setdefault((rule, value), key)
+        if first is not key:
+            self._several.setdefault((rule, value), [first]).append(key)
+
+    def problems(self) -> Iterator[Problem]:
+        known = set(self.keys)
+        for key, successor in self._superseded:
+            if successor not in known:
+                yield Problem(key, "superseded", f"superseded_by names no record: {successor!r}")
+        for (rule, value), keys in self._several.items():
             yield Problem(", ".join(keys), f"duplicate {rule}", repr(value))
 
 

@@ -197,6 +197,14 @@ def dump_record(record: Record) -> str:
     return dump_json(record.model_dump(mode="json"))
 
 
+def dump_fast(record: Record) -> bytes:
+    """The canonical text of a record as UTF-8, by pydantic's writer: some thirty times as fast as :func:`dump_record`.
+
+    A test holds the two equal; where a file differs from this one, :func:`dump_record` decides.
+    """
+    return record.__pydantic_serializer__.to_json(record, indent=2) + b"\n"
+
+
 def folder_of(record_key: str, record_published: PartialDate | None, venue: Venue | None) -> str:
     """The folder of a new record: ``yymm``.
 

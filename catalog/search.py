@@ -53,9 +53,9 @@ _BOTH = 0.1
 _ALL_WORDS, _SIDE_BY_SIDE, _LITTLE_ELSE = 0.08, 0.3, 0.1
 _TITLE, _NAME = 3.0, 2.0  # the query is a title, or the name before its colon
 # Bonuses for the topic of the best papers and for title words that they share; how many papers and words those are.
-_TOPIC, _TERMS, _FROM, _SHARED = 0.4, 0.3, 5, 6
+_TOPIC, _TERMS, _FROM, _SHARED = 0.6, 0.3, 5, 6
 _ENOUGH, _NEAR_BEST = 0.25, 0.3  # what a paper must have of the words' weight, and of the best paper's score
-_RERANKED = 100
+_RERANKED = 60
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class SearchIndex:
                             strength[place] = np.maximum(strength[place], alike) + both
         every = np.logical_and.reduce([m > 0 for m in strength.values()])
         score = sum(np.float32(idf[place]) * m for place, m in strength.items()) / np.float32(sum(idf.values()))
-        enough = score >= max(_ENOUGH, _NEAR_BEST * float(score.max()))
+        enough = np.asarray(score >= max(_ENOUGH, _NEAR_BEST * float(score.max())))
         normal = normal_title(text)
         score += np.float32(_ALL_WORDS) * every
         for table, bonus in ((self._titles, _TITLE), (self._names, _NAME)):
@@ -257,8 +257,9 @@ class SearchIndex:
                 if len(stem) > 2:
                     times[stem] += 1
                     stems[stem] = stems.get(stem, 0.0) + weight / whole
+        extra = np.zeros_like(score)
         for leaf, share in topics.items():
-            score[self._in_leaf[leaf]] += np.float32(_TOPIC * share)
+            extra[self._in_leaf[leaf]] += np.float32(_TOPIC * share)
         shared = []
         for stem, share in stems.items():
             if times[stem] >= 2:
@@ -266,9 +267,12 @@ class SearchIndex:
                 count = sum(len(docs) for docs, _ in stretches)
                 shared.append((share * float(np.log1p(len(score) / (count + 0.5))), stem, stretches))
         shared = sorted(shared, key=lambda entry: (-entry[0], entry[1]))[:_SHARED]
+        together = sum(value for value, _, _ in shared)
         for value, _, stretches in shared:
             for docs, fields in stretches:
-                score[docs] += np.float32(_TERMS * value / sum(entry[0] for entry in shared)) * _stemmed_table()[fields]
+                extra[docs] += np.float32(_TERMS * value / together) * _stemmed_table()[fields]
+        # Only in place of words that a paper lacks: one that has them all needs nobody's word.
+        score += extra * (1 - np.minimum(score, 1))
 
     def _wanted(self, words: list[str]) -> Wanted:
         if not words:
@@ -330,11 +334,12 @@ def _title_bonus(title: Sequence[str], asked: Sequence[str]) -> float:
     """For stems that stand side by side in the title as in the query, and for a title that holds little else."""
     if not title:
         return 0.0
-    wanted = set(asked)
-    pairs = set(pairwise(title))
-    side = sum(pair in pairs for pair in pairwise(asked))
-    share = sum(stem in wanted for stem in title) / len(title)
-    return (_SIDE_BY_SIDE * side / (len(asked) - 1) if len(asked) > 1 else 0.0) + _LITTLE_ELSE * share
+    there = set(asked).intersection(title)
+    bonus = _LITTLE_ELSE * sum(map(there.__contains__, title)) / len(title)
+    if len(there) > 1:
+        pairs = set(pairwise(title))
+        bonus += _SIDE_BY_SIDE * sum(map(pairs.__contains__, pairwise(asked))) / (len(asked) - 1)
+    return bonus
 
 
 @cache

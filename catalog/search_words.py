@@ -11,7 +11,7 @@ import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 
 from latentcot.catalog.store import CATALOG, CatalogError
@@ -25,9 +25,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _BRITISH = re.compile(r"(?<=[a-z]{3})isation(?=s?$)")
 
 
+@lru_cache(maxsize=65_536)
 def fold(word: str) -> str:
     """One word as it is compared: Latin letters, no marks, lower case, -ization for -isation."""
-    return _BRITISH.sub("ization", to_latin(word).casefold())
+    folded = to_latin(word).casefold()
+    return _BRITISH.sub("ization", folded) if "isation" in folded else folded
 
 
 def words_of(text: str) -> list[str]:
@@ -42,8 +44,8 @@ def fold_text(text: str) -> str:
 def index_words(text: str) -> set[str]:
     """The words under which a text is found: its words and the joined forms of hyphenated ones."""
     folded = fold_text(text)
-    found = {_BRITISH.sub("ization", word) for word in _WORD.findall(folded)}
-    for match in _HYPHENATED.findall(folded):
+    found = {fold(word) for word in _WORD.findall(folded)}
+    for match in _HYPHENATED.findall(folded) if len(found) > 1 else ():
         found.add("".join(_WORD.findall(match)))
     return found
 
@@ -65,7 +67,7 @@ def clean_query(text: str) -> str:
 
 def query_words(text: str) -> list[str]:
     """The distinct words of a query, none absurdly long and not too many."""
-    folded = [_BRITISH.sub("ization", word[:MAX_WORD]) for word in words_of(text[: MAX_WORDS * MAX_WORD])]
+    folded = [fold(word[:MAX_WORD]) for word in words_of(text[: MAX_WORDS * MAX_WORD])]
     return list(dict.fromkeys(folded))[:MAX_WORDS]
 
 

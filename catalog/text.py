@@ -27,6 +27,8 @@ def collapse(text: str) -> str:
 
 def to_latin(text: str) -> str:
     """Latin letters of ``text`` without marks; letters of other scripts stay as they are."""
+    if text.isascii():
+        return text
     decomposed = unicodedata.normalize("NFKD", text.translate(_LATIN))
     return "".join(char for char in decomposed if not unicodedata.combining(char)).translate(_LATIN)
 
