@@ -3,7 +3,8 @@
 Each step of the loop has a :class:`~latentcot.backbone.ModelState` of its own, so a token may be real at one depth and absent at
 another. A row that left after step m has computed nothing for the steps behind it; what those hold for its token says ``gaps``:
 
-* ``copy``: the keys and values of step m (attention alone: a linear mixer's state is no list of keys and values);
+* ``copy``: what step m wrote. Attention has its keys and values; a linear mixer reads once more what it read at step m, from its
+  state at the deeper step, which costs one pass through the mixer for each gap;
 * ``hold``: nothing. Attention does not see the token there, a linear mixer's state stays as it was.
 
 Where all steps share one state there are no gaps: it holds what each row's last step wrote.
@@ -61,19 +62,14 @@ class LoopStates:
 
 
 def resolve_gaps(gaps: str | None, config: HybridConfig) -> str:
-    """``gaps`` as given; ``None``: ``copy`` where every mixer is attention, else ``hold``.
+    """``gaps`` as given; ``None``: ``copy`` where every mixer is attention, else ``hold``, which costs nothing.
 
     Raises:
-        ValueError: an unknown word, or ``copy`` with a linear mixer.
+        ValueError: an unknown word.
     """
-    linear = sorted({m for m in config.mixers if m != "attention"})
     if gaps is None:
-        return "hold" if linear else "copy"
+        return "copy" if all(name == "attention" for name in config.mixers) else "hold"
     check_choice("gaps", gaps, GAPS)
-    if gaps == "copy" and linear:
-        raise ValueError(
-            f"gaps: 'copy' given, but the state of {linear[0]!r} is no list of keys and values to copy from; use 'hold'"
-        )
     return gaps
 
 

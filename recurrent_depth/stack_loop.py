@@ -20,14 +20,13 @@ from latentcot.reasoner import SPECIAL, PromptBatch, Sites, Trace
 from latentcot.recurrent_depth.exit_law import check_quantile, exit_law
 from latentcot.recurrent_depth.ragged_state import (
     LoopStates,
-    mean_state,
     next_positions,
-    put_rows,
     resolve_gaps,
     token_context,
 )
 from latentcot.recurrent_depth.reading import Reading, ReadingReasoner, token_losses
 from latentcot.recurrent_depth.settings import check_choice, check_count, check_keys
+from latentcot.recurrent_depth.token_pass import TokenPass
 from latentcot.sequences import constant, join, prompt
 from latentcot.training.budget import FlopCounter
 
@@ -82,7 +81,7 @@ class StackLoop(ReadingReasoner):
             * ``sharing``: whose keys and values are read behind the prompt: each step's ``own``, those of the ``last`` or the
               ``first`` step, or their ``mean``. Only ``own`` equals the pass over the whole sequence.
             * ``gaps``: what steps that a token did not take hold for it, ``copy`` or ``hold``
-              (:mod:`~latentcot.recurrent_depth.ragged_state`); ``None`` = ``copy`` where all mixers are attention.
+              (:mod:`~latentcot.recurrent_depth.ragged_state`); ``None`` = ``copy`` where all mixers are attention, which is free there.
 
     Raises:
         ValueError: values out of range or that do not go together.
@@ -258,13 +257,14 @@ class StackLoop(ReadingReasoner):
 
     # -- token by token ------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def read_token(
         self, input_ids: Tensor, states: LoopStates, q: float = 1.0, steps: int | None = None
     ) -> tuple[Tensor, LoopStates, Tensor]:
         """One token of each row, ``[B, 1]``, all real, after ``states``: ``(hidden [B, D], new states, steps taken [B])``.
 
         A row leaves by its own gate and is not computed any further; what the deeper steps hold for its token says
-        ``states.gaps``.
+        ``states.gaps``. No gradient: the new states grow out of the old ones in place, which stay what they were.
         """
         total = check_count("steps", self.settings["steps"] if steps is None else steps, 1)
         check_quantile(q)
@@ -279,34 +279,23 @@ class StackLoop(ReadingReasoner):
         result = torch.zeros_like(hidden[:, 0])
         taken = torch.zeros(batch, dtype=torch.int64, device=device)
         stay_log = hidden.new_zeros(batch, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        rows, merged = torch.arange(batch, device=device), []
-        copies = states.gaps == "copy" or states.sharing != "own"
+        passing = TokenPass(self.backbone, states, total)
         for i in range(total):
-            before = states.at(i)
-            donor = merged[-1] if merged and copies else None
-            if not len(rows):
-                merged.append(merged[-1] if states.sharing != "own" else put_rows(before, None, rows, donor))
-                continue
-            part = before if len(rows) == batch else before.select(rows)
-            context = token_context(part, hidden, None, states.lengths[rows][:, None])
-            hidden, part = self.backbone.run(hidden, context, slice(None), part, 0 if states.sharing != "own" else i)
-            merged.append(put_rows(before, part, rows, donor))
-            hidden = self.backbone.model.norm(hidden)
-            taken[rows] = i + 1
+            hidden = self.backbone.model.norm(passing.step(i, hidden))
+            rows = passing.rows
             leaving = torch.full_like(rows, i + 1 == total, dtype=torch.bool)
             if q < 1:
                 stay_log = stay_log + F.logsigmoid(-self.gate(hidden)[:, 0, 0].to(stay_log))
                 leaving = leaving | (1 - stay_log.exp() >= q)
+            if not bool(leaving.any()):
+                continue
             result[rows[leaving]] = hidden[leaving, 0]
-            stay = ~leaving
-            rows, hidden, stay_log = rows[stay], hidden[stay], stay_log[stay]
-        if states.sharing == "own":
-            new = tuple(merged)
-        elif states.sharing == "mean":
-            new = (mean_state(merged),)
-        else:
-            new = (merged[-1 if states.sharing == "last" else 0],)
-        return result, replace(states, steps=new, lengths=states.lengths + 1), taken
+            taken[rows[leaving]] = i + 1
+            passing.leave(leaving, i + 1)
+            hidden, stay_log = hidden[~leaving], stay_log[~leaving]
+            if not len(passing.rows):
+                break
+        return result, replace(states, steps=passing.finish(), lengths=states.lengths + 1), taken
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -342,12 +331,20 @@ class StackLoop(ReadingReasoner):
         past = state.lengths.double()
         hidden, state, taken = self.read_token(ids, state, options.q, options.steps)
         flops += taken * (count(torch.ones_like(past), past) + self.gate_flops) + count.head
+        if state.gaps == "copy" and state.sharing == "own":
+            flops += (options.steps - taken) * self.fill_flops
         return Reading(self.backbone.lm_head(hidden), state, passes + taken, flops, taken)
 
     @property
     def gate_flops(self) -> float:
         """FLOPs of the gate for a token and step."""
         return 2.0 * self.gate.weight.numel()
+
+    @property
+    def fill_flops(self) -> float:
+        """FLOPs of what a step that a token did not take writes for it: ``copy`` runs the linear mixers once more."""
+        mixers: list[Any] = [layer.attn for layer in self.backbone.model.layers]  # type: ignore[union-attr]
+        return sum(mixer.flops(1, 0.0) for mixer in mixers if mixer.name != "attention")
 
     @torch.no_grad()
     def trace(self, prompts: PromptBatch, sites: Sites = Sites()) -> Trace:

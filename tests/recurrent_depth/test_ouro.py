@@ -189,7 +189,9 @@ def token_by_token(model: Ouro, ids, mask, q, gaps, steps=4):
     return torch.stack(hidden, 1), torch.stack(taken, 1)
 
 
-@pytest.mark.parametrize(("mixers", "gaps"), [(ATTENTION, "copy"), (ATTENTION, "hold"), (HYBRID, "hold")])
+@pytest.mark.parametrize(
+    ("mixers", "gaps"), [(ATTENTION, "copy"), (ATTENTION, "hold"), (HYBRID, "hold"), (HYBRID, "copy")]
+)
 def test_tokens_of_different_depths_in_a_batch_equal_rows_alone(make_ouro, mixers, gaps):
     model = make_ouro(mixers)
     ids, mask = ids_and_mask()
@@ -317,8 +319,8 @@ def test_settings_are_checked(make_ouro, make_backbone):
     ):
         with pytest.raises(ValueError, match=message):
             make_ouro(**settings)
-    with pytest.raises(ValueError, match="'copy' given, but the state of 'gated_deltanet'"):
-        make_ouro(HYBRID, gaps="copy")
+    with pytest.raises(ValueError, match="gaps: 'fill' given"):
+        make_ouro(HYBRID, gaps="fill")
     Ouro(make_backbone(mixers=HYBRID, **SANDWICH))
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
+from latentcot.backbone.state import LayerState
 from latentcot.reasoner import AnswerLimits, PromptBatch, StepContext, TaskBatch, TaskLimits
-from latentcot.recurrent_depth import DepthRecurrence, ExitRule
+from latentcot.recurrent_depth import DepthRecurrence, ExitRule, Ouro
+from latentcot.recurrent_depth.example_queue import ExampleQueue
 from latentcot.recurrent_depth.latent_thoughts import Coconut, CoconutPause
+from latentcot.recurrent_depth.recursive_solvers import DeepSupervision, RecursiveSolver, SupervisionConfig, trm
 
 METHODS = {
     "depth_recurrence": (DepthRecurrence, {"sampler": {"mean": 3}}),
@@ -128,3 +131,123 @@ def test_R_2_an_explicit_number_of_latents_is_the_same_for_every_row(batch):
     model = make("coconut")
     output = model.answer(batch.prompts, AnswerLimits(knobs={"latents": 3}))
     assert output.sequential_passes.tolist() == [4, 4, 4]
+
+
+# -- R-1: carried states and the rows they belong to -------------------------------------------------------------------
+
+
+def solver_with_halts(halts: list[list[bool]]) -> DeepSupervision:
+    """A real recursive solver whose rows halt when the list says so, segment by segment."""
+    torch.manual_seed(0)
+    config = trm(6, 10, hidden_size=32, num_heads=4, multiple_of=16, prefix=2, cycles=1, latent_updates=2)
+    model = DeepSupervision(RecursiveSolver(config).double(), SupervisionConfig(segments=8, explore=0.0))
+    said = iter(halts)
+    model.module.halts = lambda output: torch.tensor(next(said))  # type: ignore[assignment]
+    return model
+
+
+def test_R_1_a_free_row_starts_anew_and_a_busy_one_keeps_inputs_labels_and_state():
+    grids = torch.randint(1, 6, (4, 10), generator=torch.Generator().manual_seed(1))  # a, b, c, d
+    labels = torch.randint(1, 6, (4, 10), generator=torch.Generator().manual_seed(2))
+    queue = ExampleQueue(4, lambda chosen: ({"grid": grids[list(chosen)]}, labels[list(chosen)]), seed=None)
+    model = solver_with_halts([[True, False], [False, False], [False, True]])
+    carry = model.begin(*queue.take(torch.zeros(2, dtype=torch.bool)))
+    results = []
+    for _ in range(3):
+        inputs, targets = queue.take(carry.halted)
+        result, carry = model(carry, inputs, targets)
+        results.append(result)
+        if len(results) == 2:  # [c from the initial state, b from its own carry]
+            assert torch.equal(carry.inputs["grid"], grids[[2, 1]])
+            assert torch.equal(carry.targets, labels[[2, 1]])
+            assert carry.segments.tolist() == [1, 2]
+    assert queue.given == 3  # d waits
+    inputs, targets = queue.take(carry.halted)
+    assert torch.equal(inputs["grid"][1], grids[3])
+    # b after n segments of company is b alone, and so is c from its first segment on
+    for row, example, begins in ((1, 1, 0), (0, 2, 1)):
+        alone = solver_with_halts([[False]] * 3)
+        one = {"grid": grids[example : example + 1]}, labels[example : example + 1]
+        kept = alone.begin(*one)
+        for result in results[begins:]:
+            single, kept = alone(kept, *one)
+            torch.testing.assert_close(single.logits[0], result.logits[row], atol=1e-6, rtol=0)
+
+
+def test_R_1_an_epoch_is_the_data_set_whenever_rows_are_free():
+    size = 7
+    queue = ExampleQueue(size, lambda chosen: torch.tensor(chosen), seed=3)
+    generator, seen = torch.Generator().manual_seed(0), []
+    while queue.given < 3 * size:
+        free = torch.rand(4, generator=generator) < 0.4
+        given = queue.take(free)
+        assert given.shape == (4,)
+        seen += given[free].tolist()
+    for epoch in range(3):
+        assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert seen[:size] != seen[size : 2 * size]
+    with pytest.raises(ValueError, match="free: shape"):
+        queue.take(torch.ones(4))
+
+
+def test_R_1_answering_starts_every_example_from_the_initial_state():
+    model = solver_with_halts([[False, False]] * 10)
+    grids = torch.randint(1, 6, (2, 10), generator=torch.Generator().manual_seed(1))
+    inputs = {"grid": grids}
+    before = model.solve(inputs, segments=3, record=True)
+    carry = model.begin(inputs, grids)
+    _, carry = model(carry, inputs, grids)  # a training step in between leaves nothing behind
+    after = model.solve(inputs, segments=3, record=True)
+    for a, b in zip(before.history, after.history, strict=True):
+        assert torch.equal(a, b)
+
+
+# -- R-3 in stacks that are looped as a whole --------------------------------------------------------------------------
+
+
+class AdditiveBlock(torch.nn.Module):
+    """S <- S + v, o = S, with v the first channel of the input; says what it read."""
+
+    norm_placement = "post"
+
+    def __init__(self):
+        super().__init__()
+        self.outputs: list[float] = []
+
+    def attn(self, hidden, context, state):
+        after = hidden[:, -1, :1] + (0 if state is None else state["matrix"])
+        return after[:, None].expand_as(hidden), LayerState("gla", {"matrix": after})
+
+    def forward(self, hidden, context, state=None):
+        mixed, after = self.attn(hidden, context, state)
+        self.outputs.append(float(mixed[0, 0, 0]))
+        return hidden, after
+
+
+@pytest.mark.parametrize(("gaps", "expected"), [("copy", [11, 21, 21, 21]), ("hold", [11, 21, 1, 1])])
+def test_R_3_what_a_token_that_stopped_at_loop_2_leaves_for_loops_3_and_4(gaps, expected, monkeypatch, tmp_path):
+    config = HybridConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, mixer="gla", gla={"num_heads": 2})
+    model = Ouro(HybridForCausalLM(config), {"steps": 4, "gaps": gaps})
+    block = AdditiveBlock()
+    model.backbone.model.layers[0] = block  # type: ignore[assignment]
+    #        prompt (writes nothing)      first token: 10, 20, stops      second token
+    inputs = iter([0.0, 0.0, 0.0, 0.0, 10.0, 20.0, 1.0, 1.0, 1.0, 1.0])
+
+    def given(like):
+        return torch.full((*like.shape[:2], 8), next(inputs, 0.0))
+
+    monkeypatch.setattr(model.backbone, "embed", given)
+    normed = iter(
+        [True] * 3 + [False] + [True] + [False] + [True] * 3 + [False]
+    )  # the last step of a token feeds no other
+    monkeypatch.setattr(model.backbone.model.norm, "forward", lambda h: given(h) if next(normed) else h)
+    gates = iter([-60.0, 60.0] + [-60.0] * 4)
+    token = torch.tensor([[11]])
+    monkeypatch.setattr(model.gate, "forward", lambda h: h[..., :1] * 0)
+    states = model.unroll(token, use_cache=True).states
+    monkeypatch.setattr(model.gate, "forward", lambda h: torch.full((*h.shape[:2], 1), next(gates)))
+    _, states, taken = model.read_token(token, states, 0.5)
+    assert taken.tolist() == [2]
+    block.outputs.clear()
+    model.read_token(token, states, 0.5)
+    assert block.outputs == expected
