@@ -1,62 +1,27 @@
-"""The command line of the catalog: ``papers check | search | show | export``.
+"""The command line of the catalog: ``papers check | search | show``; further commands register themselves.
 
 Bad input is one line on standard error and exit code 2. ``check`` ends with 1 when it found problems.
 """
 
-import functools
-import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from latentcot.catalog import bibtex
 from latentcot.catalog.check import check_catalog
+from latentcot.catalog.cli_common import choices, make_console, one_line_errors, papers_app, parse_facets, parse_years
 from latentcot.catalog.filters import Filters
 from latentcot.catalog.leaves import load_taxonomy
-from latentcot.catalog.record import SCHEMA_VERSION, Record, dump_json
+from latentcot.catalog.record import Record, dump_json
 from latentcot.catalog.search import Hit, Result, Sort, default_index
-from latentcot.catalog.store import CatalogError, get, load_records, write_atomic
-
-papers_app = typer.Typer(
-    name="papers", help="The paper catalog: check, search, show, export.", no_args_is_help=True, add_completion=False
-)
-
-
-FORMATS = ("bibtex", "json")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(2)
-
-
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # the reader of a pipe has seen enough; click ends quietly
-        except (CatalogError, OSError) as error:
-            _fail(str(error))
-
-    return wrapped
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    # In a pipe nobody sees an edge to wrap at: lines stay whole for the next program.
-    return console if console.is_terminal else Console(highlight=False, width=200)
+from latentcot.catalog.store import CatalogError, get
 
 
 @papers_app.command("check")
-@_one_line_errors
+@one_line_errors
 def check(
     as_json: Annotated[bool, typer.Option("--json", help="Write the problems as JSON.")] = False,
 ) -> None:
@@ -77,7 +42,7 @@ def check(
 
 
 @papers_app.command("search")
-@_one_line_errors
+@one_line_errors
 def search(
     query: Annotated[list[str] | None, typer.Argument(help="Words, an arXiv id, a DOI or a citation key.")] = None,
     leaf: Annotated[str | None, typer.Option(help="Slug of a leaf or branch, for instance vertical/feedback.")] = None,
@@ -101,7 +66,7 @@ def search(
     if as_json and as_bibtex:
         raise CatalogError("--json and --bibtex exclude each other")
     text = " ".join(query or [])
-    filters = Filters(leaf, _facets(facet or []), *_years(year), venue, code, runnable, status, filed)
+    filters = Filters(leaf, parse_facets(facet or []), *parse_years(year), venue, code, runnable, status, filed)
     if not text.strip() and filters == Filters():
         raise CatalogError("the query is empty: give words, an identifier or a filter such as --leaf")
     order = _sort(sort)
@@ -124,37 +89,11 @@ def _sort(text: str) -> Sort:
     for order in get_args(Sort):
         if text == order:
             return order
-    raise CatalogError(f"--sort expects {_choices(get_args(Sort))}, given {text!r}")
-
-
-def _choices(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _facets(values: list[str]) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for value in values:
-        name, equals, wanted = value.partition("=")
-        if not equals:
-            raise CatalogError(f"--facet expects facet=value (for instance mechanism=loop), given {value!r}")
-        pairs.append((name.strip(), wanted.strip()))
-    return tuple(pairs)
-
-
-def _years(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    first, dash, last = text.strip().partition("-")
-    if not (first or last) or any(
-        part and not (part.isascii() and part.isdigit() and len(part) == 4) for part in (first, last)
-    ):
-        raise CatalogError(f"--year expects a year or a range such as 2023-2025, given {text!r}")
-    start = int(first) if first else None
-    return start, (int(last) if last else None) if dash else start
+    raise CatalogError(f"--sort expects {choices(get_args(Sort))}, given {text!r}")
 
 
 def _print_result(result: Result) -> None:
-    console = _console()
+    console = make_console()
     if not result.hits:
         console.print("No paper found.")
         return
@@ -184,7 +123,7 @@ def _venue(record: Record) -> str | None:
 
 
 @papers_app.command("show")
-@_one_line_errors
+@one_line_errors
 def show(
     paper: Annotated[str, typer.Argument(help="Key, arXiv id, DOI, address or citation key.")],
     as_json: Annotated[bool, typer.Option("--json", help="Write the record as JSON.")] = False,
@@ -205,7 +144,7 @@ def show(
 
 
 def _print_record(record: Record) -> None:
-    console = _console()
+    console = make_console()
     leaves = load_taxonomy().leaves
     console.print(Text(record.title, style="bold"))
     for title in record.other_titles:
@@ -244,36 +183,7 @@ def _officially(official: bool | None) -> str:
     return {True: "", False: " (not by the authors)", None: " (not confirmed)"}[official]
 
 
-@papers_app.command("export")
-@_one_line_errors
-def export(
-    format: Annotated[str, typer.Option(help="bibtex or json.")] = "bibtex",
-    output: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
-    leaf: Annotated[str | None, typer.Option(help="Only papers of this leaf or branch.")] = None,
-) -> None:
-    """Write all papers, or those of one leaf, as BibTeX or JSON."""
-    if format not in FORMATS:
-        raise CatalogError(f"--format expects {_choices(FORMATS)}, given {format!r}")
-    accept = Filters(leaf=leaf).compile()
-    records = [record for record in load_records() if accept(record)]
-    if format == "bibtex":
-        text = bibtex.export(records)
-    else:
-        dump = {
-            "schema_version": SCHEMA_VERSION,
-            "licence": "Facts about papers, no abstracts; arXiv's descriptive metadata are CC0.",
-            "records": [record.model_dump(mode="json") for record in records],
-        }
-        text = json.dumps(dump, ensure_ascii=False, indent=2) + "\n"
-    if output is None:
-        sys.stdout.write(text)
-        return
-    if output.is_dir():
-        raise CatalogError(f"{output} is a folder, expected a file to write")
-    if not output.parent.is_dir():
-        raise CatalogError(f"the folder {output.parent} does not exist")
-    write_atomic(output, text)
-    print(f"{len(records)} papers written to {output}", file=sys.stderr)
+from latentcot.catalog import cli_export  # noqa: E402, F401  # registers export, cite and from-bib
 
 
 def main() -> None:
