@@ -108,7 +108,7 @@ class RequestsTransport:
             ) as answer:
                 parts, size = [], 0
                 # read1 gives what has arrived: a server that drips must not keep us beyond the limit.
-                while part := _some(answer.raw):
+                while part := read_some(answer.raw):
                     size += len(part)
                     if size > politeness.max_bytes:
                         raise OSError(f"the answer is longer than {politeness.max_bytes:,} bytes")
@@ -118,7 +118,8 @@ class RequestsTransport:
                 return Answer(answer.status_code, b"".join(parts), answer.headers)
 
 
-def _some(raw: Any) -> bytes:
+def read_some(raw: Any) -> bytes:
+    """The bytes of an answer that have arrived, at most 64 KiB; empty at its end."""
     from urllib3.exceptions import HTTPError
 
     try:
