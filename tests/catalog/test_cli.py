@@ -145,7 +145,7 @@ def test_a_damaged_record_is_one_line(tmp_path, monkeypatch):
     def broken():
         return store.read_records(tmp_path)
 
-    monkeypatch.setattr("latentcot.catalog.cli.load_records", broken)
+    monkeypatch.setattr("latentcot.catalog.cli_export.load_records", broken)
     assert "2412/2412.06769.json" in refused("export")
 
 
