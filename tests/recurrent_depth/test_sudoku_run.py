@@ -5,8 +5,24 @@ import json
 import pytest
 import torch
 
-from latentcot.recurrent_depth.recursive_solvers import DeepSupervision, SegmentOutput, SupervisionConfig
-from latentcot.recurrent_depth.recursive_solvers.sudoku_run import PRESETS, AugmentedPuzzles, evaluate, main, run
+from latentcot.recurrent_depth.recursive_solvers import (
+    DeepSupervision,
+    RecursiveSolver,
+    SegmentOutput,
+    SolverTraining,
+    SupervisionConfig,
+    train_solver,
+    trm,
+)
+from latentcot.recurrent_depth.recursive_solvers.sudoku_puzzles import look_up, pick, puzzle_sets
+from latentcot.recurrent_depth.recursive_solvers.sudoku_run import (
+    PRESETS,
+    AugmentedPuzzles,
+    evaluate,
+    main,
+    prepare,
+    run,
+)
 from latentcot.tasks.sudoku import SudokuConfig, SudokuTask, grid_metrics
 from latentcot.tasks.sudoku_rules import relabelled
 
@@ -76,6 +92,103 @@ def test_a_run_reports_its_configuration_and_figures(method, tmp_path):
     assert "lookup" in saved["baselines"]
 
 
+def tiny_solver(**changes) -> DeepSupervision:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_heads": 2, "multiple_of": 16, "prefix": 1, "cycles": 2, "latent_updates": 1}
+    return DeepSupervision(RecursiveSolver(trm(6, 16, **sizes)), SupervisionConfig(segments=3, explore=0.5), **changes)
+
+
+@pytest.mark.parametrize("optimiser", ["arctangent_adam", "adamw"])
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(optimiser, tmp_path):
+    task = SudokuTask(SudokuConfig())
+    draw = AugmentedPuzzles(task, 10, 4)
+    training = SolverTraining(steps=7, optimiser=optimiser, warmup_steps=3, average=0.5)
+    whole = train_solver(tiny_solver(), draw, training, log_every=1)
+    file = tmp_path / "checkpoint.safetensors"
+    calls = 0
+    while True:  # a pause after no time at all, then a few steps at a time
+        steps = (
+            SolverTraining(steps=min(7, 3 * calls), optimiser=optimiser, warmup_steps=3, average=0.5)
+            if calls
+            else training
+        )
+        cut = train_solver(
+            tiny_solver(), draw, steps, log_every=1, checkpoint=file, pause_after=None if calls else 1e-9, run="a"
+        )
+        assert cut.finished == bool(calls)
+        calls += 1
+        if cut.steps == 7:
+            break
+    assert calls == 4
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, cut.model.state_dict()[name]), name
+    losses = {row["step"]: row["loss"] for row in cut.history}
+    assert [losses[row["step"]] for row in whole.history] == [row["loss"] for row in whole.history]
+    with pytest.raises(ValueError, match="another configuration"):
+        train_solver(tiny_solver(), draw, training, checkpoint=file, run="b")
+    file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        train_solver(tiny_solver(), draw, training, checkpoint=file, run="a")
+
+
+def test_sixteen_bits_train_every_weight():
+    """Casts made in updates without gradient must not be handed to those with gradient."""
+    task = SudokuTask(SudokuConfig())
+    inputs, targets = AugmentedPuzzles(task, 10, 8)(0)
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        model = tiny_solver()
+
+        def kept(step: int):
+            return inputs, targets
+
+        train_solver(model, kept, SolverTraining(steps=1, precision=precision, average=None, learning_rate=0.0))
+        gradients[precision] = {name: p.grad for name, p in model.named_parameters()}
+    for name, exact in gradients["float32"].items():
+        rounded = gradients["bfloat16"][name]
+        assert torch.linalg.vector_norm(rounded - exact) <= 0.1 * torch.linalg.vector_norm(exact) + 1e-6, name
+
+
+def test_puzzles_are_made_once_and_are_those_of_the_task(tmp_path):
+    task, file = SudokuTask(SudokuConfig(size=6, blanks=20)), tmp_path / "puzzles.safetensors"
+    made = puzzle_sets(task, {"train": 25, "test": 3}, file)
+    again = puzzle_sets(task, {"train": 25, "test": 3}, file)
+    for split, n in (("train", 25), ("test", 3)):
+        whole = task.grids(split, range(n))
+        for name in ("inputs", "targets", "difficulty", "index"):
+            assert torch.equal(getattr(made[split], name), getattr(whole, name))
+            assert torch.equal(getattr(again[split], name), getattr(whole, name))
+    assert torch.equal(pick(made["train"], slice(2)).index, torch.arange(2))
+    with pytest.raises(ValueError, match="holds other puzzles"):
+        puzzle_sets(task, {"train": 25, "test": 4}, file)
+    file.write_bytes(b"{")
+    with pytest.raises(ValueError, match="is damaged"):
+        puzzle_sets(task, {"train": 25, "test": 3}, file)
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        puzzle_sets(task, {"train": 0})
+
+
+def test_looking_up_solves_what_was_seen_and_nothing_else():
+    task = SudokuTask(SudokuConfig(size=6, blanks=20))
+    train, test = task.grids("train", range(8)), task.grids("test", range(8))
+    renamed = task.augment(train, torch.Generator().manual_seed(0))
+    assert look_up(train, train, 6) == 1.0
+    assert look_up(train, test, 6) == 0.0
+    assert 0.0 <= look_up(train, renamed, 6) <= 1.0
+
+
+def test_a_pause_leaves_a_report_and_the_same_call_goes_on(tmp_path):
+    assert prepare("sanity4", tmp_path, quiet=True, **SMALL) == {"train": 20, "test": 10}
+    _, first = run("sanity4", steps=4, pause_after=1e-9, out=tmp_path, quiet=True, **SMALL)
+    assert (first["finished"], first["steps"]) == (False, 0)
+    assert json.loads((tmp_path / "result.json").read_text())["finished"] is False
+    _, done = run("sanity4", steps=4, pause_after=600.0, out=tmp_path, quiet=True, **SMALL)
+    assert (done["finished"], done["steps"]) == (True, 4)
+    assert done["test_longer"]["segments"] == 4
+    with pytest.raises(ValueError, match="another configuration"):
+        run("sanity4", steps=4, seed=1, out=tmp_path, quiet=True, **SMALL)
+
+
 def test_the_published_sizes_are_a_preset():
     preset = PRESETS["extreme9"]
     assert (preset.puzzles, preset.batch) == (1000, 768)
@@ -91,3 +204,22 @@ def test_bad_values_are_named():
         run("sanity4")
     with pytest.raises(SystemExit):
         main(["--preset", "sudoku"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--steps", "1", "--device", "cuda"], "error: device: 'cuda' given, but torch"),
+        (["--prepare"], "error: --prepare: puzzles need a folder"),
+        (["--steps", "1", "--pause-after", "3"], "error: pause_after: 3.0 given"),
+        (["--steps", "0"], "error: steps: 0 given"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(given, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--preset", "sanity4", *given])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
