@@ -7,7 +7,7 @@ i. It is given no time: all that matters about it is the mask pattern itself (ar
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,9 @@ class BackboneDenoiser:
         states ``[B, L, D]``."""
         if self.carry is None:
             raise ValueError("carry: this network carries nothing from one pass to the next")
-        table = self.backbone.get_input_embeddings().weight * self.backbone.config.embedding_scale
-        assert isinstance(table, Tensor)
+        weight = self.backbone.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        table = weight * self.backbone.config.embedding_scale
         chosen = hidden[positions]
         logits = self.backbone.lm_head(chosen)
         logits = logits.masked_fill(torch.arange(logits.shape[-1], device=z.device) == mask_id, -torch.inf)
@@ -112,4 +113,4 @@ def as_denoiser(model: Any) -> Denoiser:
             "model: expected a callable (z, attention_mask) -> logits, a HybridForCausalLM or a DiffusionLM, got "
             f"{type(model).__name__}"
         )
-    return model
+    return cast(Denoiser, model)

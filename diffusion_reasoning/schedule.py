@@ -22,7 +22,7 @@ does.
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ SCHEDULES = ("loglinear", "cosine", "cosine2", "linear_sigma", "geometric", "cos
 _WITH_SIGMA = ("linear_sigma", "geometric")
 _SIGMA_RANGE = (1e-4, 20.0)
 
-TimeMode = Literal["antithetic", "iid", "fixed"]
+TimeMode = Literal["antithetic", "iid", "fixed", "importance", "discrete"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,23 @@ class NoiseSchedule:
             case _:
                 return (math.pi / 2) * torch.tan((1 - t) * (math.pi / 2))
 
+    def total_weight(self) -> float:
+        """Integral of w(t) over 0 ... 1: ``log(1 - alpha(1)) - log(1 - alpha(0))``; infinite where alpha(0) = 1."""
+        ends = self._log_noise(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        return float(ends[1] - ends[0])
+
+    def _log_noise(self, t: Tensor) -> Tensor:
+        """``log(1 - alpha(t))``."""
+        return torch.log(-torch.expm1(-self.sigma(t)))
+
+    def step_weight(self, t: Tensor, steps: int) -> Tensor:
+        """Weight at ``t = (k + 1) / T`` of the bound in T steps, ``T (alpha(t - 1/T) - alpha(t)) / (1 - alpha(t))``: exactly
+        1/t for ``loglinear``; w(t) as T grows."""
+        if self.name == "loglinear":
+            return 1 / t
+        alpha = self.alpha(t)
+        return steps * (self.alpha((t - 1 / steps).clamp(min=0.0)) - alpha) / (1 - alpha)
+
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
         """The time at which ``alpha(t)`` has the given value."""
         low, high = self._sigma_range
@@ -144,21 +161,26 @@ def sample_times(
     rank: int = 0,
     world_size: int = 1,
     times: Tensor | None = None,
+    schedule: NoiseSchedule | None = None,
+    discrete_steps: int | None = None,
 ) -> Tensor:
     r"""Times of ``n`` rows, ``[n]`` fp32, within :math:`[\epsilon, 1]`.
 
     ``antithetic`` puts one time into each of the ``n · world_size`` equal parts of the interval,
     :math:`u_i = (U_i + i) / N`, :math:`t_i = (1 - \epsilon) u_i + \epsilon` (arXiv:2406.07524); ``rank`` r holds the
     parts ``r·n ... r·n + n - 1`` of the global batch. ``iid`` draws each on its own. ``fixed`` checks and returns
-    ``times``.
+    ``times``. ``importance`` (for a ``linear_sigma`` ``schedule``) draws in proportion to w(t), antithetically, so that
+    the loss has the constant weight :meth:`NoiseSchedule.total_weight`. ``discrete`` draws :math:`t = (k+1)/T` with k
+    uniform in 0 ... T - 1, T = ``discrete_steps``, each on its own.
 
     Raises:
-        ValueError: unknown mode, eps outside (0, 1), rank outside the world, a fixed time that is 0 or outside (0, 1].
+        ValueError: unknown mode, eps outside (0, 1), rank outside the world, a fixed time that is 0 or outside (0, 1],
+            ``importance`` with another schedule, ``discrete`` without steps.
     """
     if n < 1:
         raise ValueError(f"n: at least one row is needed, got {n}")
-    if mode not in ("antithetic", "iid", "fixed"):
-        raise ValueError(f"mode: {mode!r} given, expected 'antithetic', 'iid' or 'fixed'")
+    if mode not in get_args(TimeMode):
+        raise ValueError(f"mode: {mode!r} given, expected one of {', '.join(map(repr, get_args(TimeMode)))}")
     if (mode == "fixed") != (times is not None):
         raise ValueError(
             f"times: they belong to mode='fixed'; got mode={mode!r} and times "
@@ -170,10 +192,23 @@ def sample_times(
         raise ValueError(f"eps: the smallest time must lie in (0, 1), got {eps}")
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank, world_size: expected 0 <= rank < world_size, got {rank} and {world_size}")
+    if mode == "importance" and (schedule is None or schedule.name != "linear_sigma"):
+        raise ValueError(f"mode: 'importance' belongs to a linear_sigma schedule, got {schedule}")
+    if (mode == "discrete") != (discrete_steps is not None):
+        raise ValueError(f"discrete_steps: it belongs to mode='discrete'; got mode={mode!r} and {discrete_steps}")
+    if discrete_steps is not None and discrete_steps < 1:
+        raise ValueError(f"discrete_steps: at least one step is needed, got {discrete_steps}")
     device = "cpu" if generator is None else generator.device
     u = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
-    if mode == "antithetic":
+    if discrete_steps is not None:
+        return (((u * discrete_steps).floor() + 1) / discrete_steps).float()
+    if mode in ("antithetic", "importance"):
         u = (u + torch.arange(rank * n, rank * n + n, device=device)) / (n * world_size)
+    if mode == "importance":
+        assert schedule is not None
+        low, high = schedule._log_noise(torch.zeros_like(u)), schedule._log_noise(torch.ones_like(u))
+        t = schedule.t_from_alpha(-torch.expm1(low + u * (high - low)))
+        return t.float().clamp(min=torch.finfo(torch.float32).tiny, max=1.0)
     return ((1 - eps) * u + eps).float()
 
 

@@ -28,6 +28,7 @@ from latentcot.backbone.generation import GREEDY, Sampling, prefill
 from latentcot.backbone.mixers.base import LOWER_BOUNDS
 from latentcot.backbone.mixers.bounds import stacked_bounds
 from latentcot.backbone.model import HybridForCausalLM
+from latentcot.backbone.norms import RMSNorm
 from latentcot.backbone.state import ForeignStateError, ModelState
 
 FIRST_WINDOW = 256  # columns of attention's first window
@@ -262,7 +263,7 @@ class DecodeEngine:
             hidden = hidden * scale
         for block in self.blocks:
             hidden = block(hidden)
-        self.logits = project_in(hidden, self._head, None, model.model.norm, self.clock)
+        self.logits = project_in(hidden, self._head, None, cast(RMSNorm, model.model.norm), self.clock)
         self.token.copy_(self.sampling.choose(self.logits, self.generator))
         self.clock.position.add_(self.running)
 
