@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentcot.catalog.bibtex import entry
+from latentcot.catalog.check_curation import curation_problems
 from latentcot.catalog.identifiers import Identifier, IdentifierError, parse_acl, parse_arxiv, parse_doi, record_key
 from latentcot.catalog.leaves import load_facets, load_taxonomy
 from latentcot.catalog.names import CITEKEY
@@ -68,8 +69,11 @@ def check_catalog(papers: Path = PAPERS, root: Path | None = None) -> Checked:
             continue
         problems += _file(path, data, record, name)
         later += _record(record, root)
+        if record.decision and not (papers.parent / record.decision).is_file():
+            later.append(Problem(record.key, "decision", f"there is no file {record.decision!r}"))
         across.add(record)
     problems += [*later, *across.problems(), *_tables()]
+    problems += [Problem(*problem) for problem in curation_problems(papers.parent)]
     return Checked(sorted(across.keys), problems, root is not None)
 
 

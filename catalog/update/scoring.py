@@ -49,41 +49,40 @@ def _flexible(phrase: str) -> str:
 class RelevanceScorer:
     """The trained scorer of :mod:`latentcot.catalog.relevance`, brought to the form of the queue."""
 
-    def __init__(self, score: Callable[..., Any], name: str) -> None:
+    def __init__(self, score: Callable[[str, str | None], Any], name: str) -> None:
         self._score, self.name = score, name
 
     def __call__(self, title: str, abstract: str | None) -> Score:
         found = self._score(title, abstract)
-        leaves = [leaf for leaf in _leaves(found) if leaf.leaf in load_taxonomy().leaves][:3]
-        reasons = [" ".join(str(reason).split())[:200] for reason in (getattr(found, "reasons", None) or [])]
-        # Six digits: enough to rank, and the same on every machine.
-        probability = round(min(1.0, max(0.0, float(found.probability))), 6)
-        return Score(probability=probability, leaves=leaves, reasons=[r for r in reasons if r][:8], scorer=self.name)
+        slugs = load_taxonomy().leaves
+        leaves = [
+            Proposal(leaf=item.leaf, probability=_rounded(item.share)) for item in found.leaves if item.leaf in slugs
+        ]
+        if not leaves and found.leaf in slugs:
+            leaves = [Proposal(leaf=found.leaf, probability=None)]
+        reasons = [" ".join(str(reason).split())[:200] for reason in found.reasons]
+        return Score(
+            probability=_rounded(found.probability),
+            leaves=leaves[:3],
+            reasons=[reason for reason in reasons if reason][:8],
+            scorer=self.name,
+        )
 
 
-def _leaves(found: Any) -> list[Proposal]:
-    many = getattr(found, "leaves", None) or getattr(found, "proposals", None)
-    if not many:
-        return [Proposal(leaf=found.leaf, probability=None)] if getattr(found, "leaf", None) else []
-    proposals = []
-    for item in many:
-        slug, chance = (item, None) if isinstance(item, str) else (item[0], round(float(item[1]), 6))
-        proposals.append(Proposal(leaf=slug, probability=None if chance is None else min(1.0, max(0.0, chance))))
-    return proposals
+def _rounded(value: float) -> float:
+    """Six digits in [0, 1]: enough to rank, and the same on every machine."""
+    return round(min(1.0, max(0.0, float(value))), 6)
 
 
 def default_scorer(phrases: Sequence[str]) -> tuple[Scorer, str | None]:
     """The trained scorer, else the keyword rule with the reason why."""
     try:
-        from latentcot.catalog import relevance  # type: ignore[attr-defined]
+        from latentcot.catalog import relevance
 
-        score = relevance.score
-        score(
-            "Training large language models to reason in a continuous latent space"
-        )  # a missing model shows here, not mid-run
+        scorer = RelevanceScorer(relevance.score, f"relevance {getattr(relevance, 'VERSION', 1)}")
+        scorer("Training large language models to reason in a continuous latent space", None)
     except Exception as error:
-        # Whatever is wrong with the model, candidates still have to reach the queue; the summary carries the reason.
-        return KeywordScorer(
-            phrases
-        ), f"the relevance model cannot be used ({type(error).__name__}: {error}); key phrases judge instead"
-    return RelevanceScorer(score, f"relevance {getattr(relevance, 'VERSION', 1)}"), None
+        # Whatever is wrong with the model (a missing file shows here, not mid-run), candidates still have to reach the queue.
+        why = f"the relevance model cannot be used ({type(error).__name__}: {error}); key phrases judge instead"
+        return KeywordScorer(phrases), why
+    return scorer, None
