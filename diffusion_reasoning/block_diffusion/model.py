@@ -75,7 +75,7 @@ class BlockDiffusionModel(nn.Module):
     """
     Args:
         backbone: any stack; its linear layers take the block form, its attention layers the mask of blocks.
-        block_length: b. The last block of a sequence may be shorter.
+        block_length: b. The last block of a sequence may be shorter. May be changed at any time.
         mask_id: the mask token.
         inside: what the tokens of a block give each other in linear layers, see :class:`latentcot.kernels.BlockCausal`; HGRN knows
             ``"decayed"`` alone.
@@ -139,6 +139,11 @@ class BlockDiffusionModel(nn.Module):
     @property
     def block_length(self) -> int:
         return self.form.length
+
+    @block_length.setter
+    def block_length(self, length: int) -> None:
+        """Blocks may grow in training; a state made in blocks of another length is refused from then on."""
+        self.form = replace(self.form, length=length)
 
     @property
     def exact(self) -> bool:
@@ -302,7 +307,7 @@ class BlockDiffusionModel(nn.Module):
             raise ValueError(f"state: made in {state.dtype}, but the model is in {self.backbone.dtype}")
 
     def _form_name(self) -> str:
-        return f"{self.form.inside}/{self.form.write}{'/shift' if self.shift else ''}"
+        return f"{self.form.inside}/{self.form.write}/{self.form.length}{'/shift' if self.shift else ''}"
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -335,7 +335,7 @@ def test_a_state_of_another_batch_dtype_model_or_form_is_refused():
         make(["gla", "attention"], dtype=torch.float32).denoise(z[:, :4], state)
     with pytest.raises(ForeignStateError, match="another model"):
         make(["gla", "gla"]).denoise(z[:, :4], state)
-    with pytest.raises(ForeignStateError, match="form softmax/recurrent, expected bilinear/recurrent"):
+    with pytest.raises(ForeignStateError, match="form softmax/recurrent/4, expected bilinear/recurrent/4"):
         make(["gla", "attention"], inside="bilinear").commit(x[:, :4], state)
     with pytest.raises(ValueError, match="5 tokens given, but a block has 4"):
         model.denoise(z[:, :5], state)
