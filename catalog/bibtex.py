@@ -24,7 +24,7 @@ _TABLE = str.maketrans(_ESCAPES)
 _SPECIAL = re.compile(r"[&%$#_~^\\{}]")
 # Math, escaped characters, accents and commands that a title may already hold.
 _TEX = re.compile(r"\$[^$]+\$|\\[&%$#_{}]|\\[`'^\"~=.]\{?[A-Za-z]\}?|\\[A-Za-z]+(?:\{[^{}]*\})?")
-_TRACKS = {
+TRACKS = {
     "findings": "Findings",
     "workshop": "Workshop",
     "tiny-papers": "Tiny Papers",
@@ -101,7 +101,7 @@ def entry(record: Record) -> str:
     venue = record.venue
     if venue is not None and is_confirmed(record):
         kind = "article" if venue.type == "journal" else "inproceedings"
-        track = f" {_TRACKS[venue.track]}" if venue.track in _TRACKS else ""
+        track = f" {TRACKS[venue.track]}" if venue.track in TRACKS else ""
         year = str(venue_year(record))
         name = escape(venue.name) if kind == "article" else escape(f"{venue.name} {year}{track}")
         fields["journal" if kind == "article" else "booktitle"] = f"{{{name}}}"
