@@ -178,7 +178,7 @@ def test_padded_rows_are_the_rows_alone(name):
             alone = converted(x[row : row + 1, kept[row]])[0]
             # eager attention takes its softmax in fp32, whatever the model is in
             bound = 1e-6 if name == "llama-tied-eager" else 1e-10
-            torch.testing.assert_close(together[row, kept[row]], alone, rtol=0, atol=bound)
+            torch.testing.assert_close(together[row, kept[row]], alone, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("name", ["llama-tied-eager", "qwen2", "gla-attention"])
@@ -215,7 +215,8 @@ def test_left_to_right_on_the_causal_mask_is_greedy_decoding(name):
 def test_the_loss_follows_the_recipe_and_the_causal_part_is_a_pass_of_its_own():
     """By masked tokens, never the first of a row; the gradient reaches the mask token's embedding."""
     model, x = make("qwen2"), text(4)
-    nll = model(x, labels=x).loss
+    with torch.no_grad():
+        nll = model(x, labels=x).loss
     converted = ar_to_diffusion(model, anneal=5)
     converted.set_step(2)
     real = torch.arange(9) < torch.tensor([9, 9, 6, 3])[:, None]
