@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "readout": "step",
     "sharing": "own",
     "gaps": None,
+    "gradient_checkpointing": False,
     "betas": (0.1, 0.05),
     "gate_share": 0.1,
     "sharpness": SHARPNESS,

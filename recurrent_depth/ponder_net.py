@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "readout": "step",
     "sharing": "own",
     "gaps": None,
+    "gradient_checkpointing": False,
     "beta": 0.2,
     "rate": 0.4,
     "tail": "last",

@@ -34,6 +34,13 @@ def check_count(argument: str, given: Any, least: int = 0) -> int:
     return given
 
 
+def check_flag(argument: str, given: Any) -> bool:
+    """``given`` when it is True or False; ``ValueError`` otherwise."""
+    if not isinstance(given, bool):
+        raise ValueError(f"{argument}: {given!r} given, expected True or False")
+    return given
+
+
 def merge(owner: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
     """``defaults`` overridden by ``given``; a key without a default raises."""
     given = dict(given or {})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentcot.backbone import HybridForCausalLM, SequenceContext
 from latentcot.reasoner import SPECIAL, PromptBatch, Sites, Trace
@@ -25,7 +26,7 @@ from latentcot.recurrent_depth.ragged_state import (
     token_context,
 )
 from latentcot.recurrent_depth.reading import Reading, ReadingReasoner, token_losses
-from latentcot.recurrent_depth.settings import check_choice, check_count, check_keys
+from latentcot.recurrent_depth.settings import check_choice, check_count, check_flag, check_keys
 from latentcot.recurrent_depth.token_pass import TokenPass
 from latentcot.sequences import constant, join, prompt
 from latentcot.training.budget import FlopCounter
@@ -82,6 +83,8 @@ class StackLoop(ReadingReasoner):
               ``first`` step, or their ``mean``. Only ``own`` equals the pass over the whole sequence.
             * ``gaps``: what steps that a token did not take hold for it, ``copy`` or ``hold``
               (:mod:`~latentcot.recurrent_depth.ragged_state`); ``None`` = ``copy`` where all mixers are attention, which is free there.
+            * ``gradient_checkpointing``: keep h^(t) alone of each step for the backward pass and compute the rest there once more;
+              for passes that keep no state and record no blocks.
 
     Raises:
         ValueError: values out of range or that do not go together.
@@ -95,6 +98,7 @@ class StackLoop(ReadingReasoner):
             nn.init.normal_(self.gate.weight, 0.0, backbone.config.initializer_range)
             nn.init.zeros_(self.gate.bias)
         self.options({})
+        self.gradient_checkpointing = check_flag("gradient_checkpointing", settings["gradient_checkpointing"])
 
     def options(self, knobs: Mapping[str, Any]) -> DepthOptions:
         """Settings overridden by ``knobs`` (``steps``, ``q``, ``readout``, ``sharing``, ``gaps``)."""
@@ -115,6 +119,14 @@ class StackLoop(ReadingReasoner):
 
     def step(self, hidden: Tensor, context: SequenceContext) -> Tensor:
         """One step without a state: ``[B, S, D]`` to the same."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # nothing in a block is drawn at random, so no generator's state is kept
+            found = checkpoint(self._step, hidden, context, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(found, Tensor)
+            return found
+        return self._step(hidden, context)
+
+    def _step(self, hidden: Tensor, context: SequenceContext) -> Tensor:
         return self.backbone.model.norm(self.backbone.run(hidden, context)[0])
 
     def unroll(
@@ -161,6 +173,10 @@ class StackLoop(ReadingReasoner):
         outputs, kept, recorded = [], [], []
         for i in range(total):
             before = None
+            if not keep and not record:
+                hidden = self.step(hidden, context)
+                outputs.append(hidden)
+                continue
             if keep:
                 before = self.backbone.new_state() if states is None else states.steps[i]
                 context = token_context(before, hidden, attention_mask, positions)
