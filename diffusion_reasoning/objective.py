@@ -249,6 +249,8 @@ def _masked_logits(
                 memory = model.carried(noisy.z, hidden, noisy.masked, mask_id)
                 embeddings = model.embed_with(noisy.z, noisy.masked, memory)
         return model.at(noisy.z, real, noisy.masked, sigma, embeddings)
+    if sigma is None and (at := getattr(model, "at", None)) is not None:  # its head runs at the chosen positions alone
+        return at(noisy.z, real, noisy.masked)
     logits = model(noisy.z, real) if sigma is None else model(noisy.z, real, sigma)
     check_logits(logits, noisy.z, mask_id)
     return logits[noisy.masked]
