@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from latentcot.catalog.classify import facets
-from latentcot.catalog.enrich.comments import code_addresses, is_withdrawn, venue_in_comment, venue_in_reference
+from latentcot.catalog.enrich.comments import is_withdrawn, venue_in_comment, venue_in_reference
 from latentcot.catalog.enrich.precedence import ARXIV
 from latentcot.catalog.leaves import load_table
 from latentcot.catalog.names import base_citekey, unique_citekey
@@ -95,10 +95,7 @@ def build_record(decision: Decision, taken: set[str]) -> Record:
     taxonomy = Taxonomy(primary=decision.leaf, also=decision.also, status="reviewed")
     day = paper.updated[:10]
     links = [Link(kind="abs", url=f"https://arxiv.org/abs/{paper.arxiv}", official=True, source=ARXIV, checked=None)]
-    links += [
-        Link(kind="code", url=url, official=None, source=ARXIV, checked=None)
-        for url in code_addresses(paper.comment, paper.abstract)
-    ]
+    links += [Link(kind="code", url=url, official=None, source=ARXIV, checked=None) for url in paper.code]
     venue = venue_in_reference(paper.journal_ref, ARXIV) or venue_in_comment(paper.comment, ARXIV)
     known = ["ids", "title", "published", "updated", "version", "status", "categories", "primary_category"]
     provenance = {name: Provenance(source=ARXIV, date=day, confidence="high") for name in known}

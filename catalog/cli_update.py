@@ -271,11 +271,13 @@ def review(context: typer.Context, catalog: CatalogOption = None, by: ByOption =
             raise CatalogError(f"--catalog and --by belong behind {context.invoked_subcommand!r}")
         return
     from latentcot.catalog.review_terminal import Session
+    from latentcot.catalog.terminal import Keyboard
 
-    folders = open_catalog(catalog)
+    folders, name = open_catalog(catalog), curator(by)
     with writing(folders):
         pass  # whatever a killed session left is carried out before the queue is shown
-    Session(folders, curator(by), _today(), Console(highlight=False)).run()
+    with Keyboard() as keyboard:
+        Session(folders, name, _today(), Console(highlight=False), keyboard.key, keyboard.line).run()
 
 
 def _today() -> str:

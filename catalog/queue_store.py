@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from latentcot.catalog.record import Day, Key, Record, Slug, Text, _Strict, dump_json
+from latentcot.catalog.record import Day, Key, Record, Slug, Text, Url, _Strict, dump_json
 from latentcot.catalog.store import PAPERS, CatalogError, explain, read_records, write_atomic
 
 Moment = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")]
@@ -68,6 +68,7 @@ class Candidate(_Strict):
     comment: Text | None
     journal_ref: Text | None
     doi: Text | None
+    code: list[Url]
     primary_category: Text | None
     categories: list[Text]
     queries: list[Text]

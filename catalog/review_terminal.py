@@ -14,7 +14,6 @@ from latentcot.catalog.leaves import load_taxonomy
 from latentcot.catalog.queue_store import REASONS, Candidate, Decision, Folders
 from latentcot.catalog.review import accept, ordered_queue, reject, undo
 from latentcot.catalog.store import CatalogError
-from latentcot.catalog.terminal import read_key
 
 KEYS = (
     ("a", "accept under the first proposal"),
@@ -93,14 +92,15 @@ def panel(candidate: Candidate, place: str = "") -> Panel:
 
 @dataclass
 class Session:
-    """One sitting. Keys, lines and the browser are given in, so that a test can sit here too."""
+    """One sitting. Keys and lines (of a :class:`~latentcot.catalog.terminal.Keyboard`) and the browser are given in, so that a test can
+    sit here too."""
 
     folders: Folders
     by: str
     date: str
     console: Console
-    key: Callable[[], str] = read_key
-    line: Callable[[str], str] = input
+    key: Callable[[], str]
+    line: Callable[[str], str]
     browse: Callable[[str], object] = webbrowser.open
     decided: list[Decision] = field(default_factory=list)
     place: int = 0

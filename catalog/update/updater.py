@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from latentcot.catalog.acceptance import writing
+from latentcot.catalog.enrich.comments import code_addresses
 from latentcot.catalog.queue_store import (
     Candidate,
     Decision,
@@ -224,6 +225,7 @@ class Updater:
             comment=entry.comment,
             journal_ref=entry.journal_ref,
             doi=entry.doi,
+            code=code_addresses(entry.comment, entry.abstract),
             primary_category=entry.primary_category,
             categories=list(entry.categories),
             queries=queries,
