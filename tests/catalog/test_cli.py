@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert "2023-2025" in refused("search", "a", "--year", "-")
     assert "relevance" in refused("search", "a", "--sort", "title")
     assert "at least 1" in refused("search", "a", "--limit", "0")
-    assert "bibtex or json" in refused("export", "--format", "ris")
+    assert "bibtex, csl" in refused("export", "--format", "endnote")
     assert "no leaf" in refused("export", "--leaf", "nowhere")
     assert "exclude" in refused("search", "a", "--json", "--bibtex")
     assert "does not exist" in refused("export", "--output", str(tmp_path / "no" / "x.bib"))
