@@ -15,6 +15,7 @@ sorted, so that any budget works later. That choice looks at the future: reading
 which is causal. The first repeat takes all.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from latentcot.recurrent_depth.ragged_state import next_positions, put_rows, tok
 from latentcot.recurrent_depth.reading import Reading, ReadingReasoner
 from latentcot.recurrent_depth.routing import MaskedContext, check_routable, top_share
 from latentcot.recurrent_depth.settings import check_count, check_keys, merge
+from latentcot.recurrent_depth.state_files import StateParts, load_states, save_states
 from latentcot.sequences import label_loss, training_rows
 from latentcot.training.budget import FlopCounter
 
@@ -73,6 +75,24 @@ class CoTState:
     @property
     def nbytes(self) -> int:
         return self.outer.nbytes + self.inner.keys.nbytes
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        beside = {"position": self.inner.position, "repeat": self.inner.repeat, "lengths": self.lengths}
+        save_states(path, "cotformer state", StateParts({"outer": self.outer, "inner": self.inner.keys}, beside, {}))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], fingerprint: str | None = None, device: torch.device | str = "cpu"
+    ) -> "CoTState":
+        """Read what :meth:`save` wrote, onto ``device``. ``ValueError`` when the file is damaged or holds something else,
+        :class:`~latentcot.backbone.ForeignStateError` when ``fingerprint`` is given and the states belong to another model."""
+        found = load_states(path, "cotformer state", fingerprint, device)
+        try:
+            inner = Interleaved(found.states["inner"], found.tensors["position"], found.tensors["repeat"])
+            return cls(found.states["outer"], inner, found.tensors["lengths"])
+        except KeyError as error:
+            raise ValueError(f"path: {path} lacks {error} of its state") from error
 
 
 @dataclass

@@ -16,6 +16,7 @@ recursions and f the shared blocks:
 Caches: *recursion* keeps a token's keys only at the depths it reached; *shared* reads those of the first recursion at every depth.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from latentcot.recurrent_depth.routing import (
     z_loss,
 )
 from latentcot.recurrent_depth.settings import check_choice, check_count, check_keys, merge
+from latentcot.recurrent_depth.state_files import StateParts, load_states, save_states
 from latentcot.sequences import label_loss, training_rows
 from latentcot.training.budget import FlopCounter
 
@@ -74,6 +76,24 @@ class RoutedState:
     @property
     def nbytes(self) -> int:
         return self.outer.nbytes + sum(s.nbytes for s in self.steps)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        states = {"outer": self.outer, **{f"step {i}": state for i, state in enumerate(self.steps)}}
+        save_states(path, "routed state", StateParts(states, {"lengths": self.lengths}, {}))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], fingerprint: str | None = None, device: torch.device | str = "cpu"
+    ) -> "RoutedState":
+        """Read what :meth:`save` wrote, onto ``device``. ``ValueError`` when the file is damaged or holds something else,
+        :class:`~latentcot.backbone.ForeignStateError` when ``fingerprint`` is given and the states belong to another model."""
+        found = load_states(path, "routed state", fingerprint, device)
+        try:
+            steps = tuple(found.states[f"step {i}"] for i in range(len(found.states) - 1))
+            return cls(found.states["outer"], steps, found.tensors["lengths"])
+        except KeyError as error:
+            raise ValueError(f"path: {path} lacks {error} of its routed state") from error
 
 
 @dataclass
@@ -171,9 +191,12 @@ class MixtureOfRecursions(ReadingReasoner):
             state, use_cache: go on from a state, return one. Not with ``top_k``, which needs the whole sequence.
 
         Raises:
-            ValueError: a state with ``top_k``.
+            ValueError: a state with ``top_k``, or of another number of recursions.
         """
         keep = use_cache or state is not None
+        held = 1 if self.settings["cache"] == "shared" else self.recursions
+        if state is not None and len(state.steps) != held:
+            raise ValueError(f"state: it holds {len(state.steps)} recursions, expected {held}")
         if keep and top_k:
             raise ValueError(
                 "top_k: it compares a token with later ones, so it has no state; leave out state and use_cache"

@@ -10,6 +10,7 @@ another. A row that left after step m has computed nothing for the steps behind 
 Where all steps share one state there are no gaps: it holds what each row's last step wrote.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from latentcot.backbone import HybridConfig, ModelState, SequenceContext
 from latentcot.backbone.state import LayerState
 from latentcot.recurrent_depth.settings import check_choice
+from latentcot.recurrent_depth.state_files import StateParts, load_states, save_states
 
 GAPS = ("copy", "hold")
 SHARING = ("own", "last", "first", "mean")
@@ -48,6 +50,25 @@ class LoopStates:
     @property
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self.steps)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        states = {f"step {i}": state for i, state in enumerate(self.steps)}
+        options = {"gaps": self.gaps, "sharing": self.sharing}
+        save_states(path, "loop states", StateParts(states, {"lengths": self.lengths}, options))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], fingerprint: str | None = None, device: torch.device | str = "cpu"
+    ) -> "LoopStates":
+        """Read what :meth:`save` wrote, onto ``device``. ``ValueError`` when the file is damaged or holds something else,
+        :class:`~latentcot.backbone.ForeignStateError` when ``fingerprint`` is given and the states belong to another model."""
+        found = load_states(path, "loop states", fingerprint, device)
+        try:
+            steps = tuple(found.states[f"step {i}"] for i in range(len(found.states)))
+            return cls(steps, found.tensors["lengths"], found.options["gaps"], found.options["sharing"])
+        except KeyError as error:
+            raise ValueError(f"path: {path} lacks {error} of its loop states") from error
 
     def shared(self, sharing: str) -> "LoopStates":
         """One state in place of one a step: that of the ``last`` or ``first`` step, or their ``mean``."""

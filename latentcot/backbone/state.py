@@ -238,15 +238,34 @@ class ModelState:
         path = Path(path)
         if not path.parent.is_dir():
             raise ValueError(f"path: there is no folder {path.parent} to write {path.name} into")
+        tensors, description = self.parts()
+        write_tensors(path, tensors, {"latentcot_state": json.dumps(description)})
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file holds of the state: tensors by name, and the rest as plain JSON values."""
         tensors = {f"entry.{b}.{r}.{name}": t for (b, r), e in self.entries.items() for name, t in e.tensors.items()}
         for name in ("lengths", "valid"):
             if (tensor := getattr(self, name)) is not None:
                 tensors[name] = tensor
-        description: dict[str, Any] = {
-            "fingerprint": self.fingerprint,
-            "mixers": {f"{b}.{r}": entry.mixer for (b, r), entry in self.entries.items()},
-        }
-        write_tensors(path, tensors, {"latentcot_state": json.dumps(description)})
+        mixers = {f"{b}.{r}": entry.mixer for (b, r), entry in self.entries.items()}
+        return tensors, {"fingerprint": self.fingerprint, "mixers": mixers}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> "ModelState":
+        """The state whose :meth:`parts` these are. ``ValueError`` or ``KeyError`` when they do not make one."""
+        entries: dict[Place, LayerState] = {}
+        for key, mixer in dict(description["mixers"]).items():
+            block, recurrence = key.split(".")
+            prefix = f"entry.{key}."
+            found = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            entries[int(block), int(recurrence)] = LayerState(mixer, found)
+        state = cls(description["fingerprint"], entries, tensors.get("lengths"), tensors.get("valid"))
+        rows = {t.shape[0] for entry in entries.values() for t in entry.tensors.values()}
+        rows |= {t.shape[0] for t in (state.lengths, state.valid) if t is not None}
+        whole = (state.lengths is None) == (state.valid is None) and all(entry.tensors for entry in entries.values())
+        if not whole or len(rows) > 1:
+            raise ValueError("parts are missing, or disagree about the batch")
+        return state
 
     @classmethod
     def load(
@@ -261,27 +280,12 @@ class ModelState:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 description = json.loads((file.metadata() or {})["latentcot_state"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            maker, mixers = description["fingerprint"], dict(description["mixers"])
-            places = {key: (int(block), int(recurrence)) for key in mixers for block, recurrence in [key.split(".")]}
+            state = cls.from_parts(tensors, description)
         except Exception as error:  # safetensors, json and key errors alike mean: not a readable state
             raise ValueError(f"path: {path} is not a readable model state ({error})") from error
-        if fingerprint is not None and maker != fingerprint:
+        if fingerprint is not None and state.fingerprint != fingerprint:
             raise ForeignStateError(
-                f"path: {path} was saved by another model: fingerprint {maker!r}, expected {fingerprint!r}"
-            )
-        entries: dict[Place, LayerState] = {}
-        for key, mixer in mixers.items():
-            prefix = f"entry.{key}."
-            entries[places[key]] = LayerState(
-                mixer, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            )
-        state = cls(maker, entries, tensors.get("lengths"), tensors.get("valid"))
-        rows = {t.shape[0] for entry in entries.values() for t in entry.tensors.values()}
-        rows |= {t.shape[0] for t in (state.lengths, state.valid) if t is not None}
-        whole = (state.lengths is None) == (state.valid is None) and all(entry.tensors for entry in entries.values())
-        if not whole or len(rows) > 1:
-            raise ValueError(
-                f"path: {path} is not a readable model state (parts are missing, or disagree about the batch)"
+                f"path: {path} was saved by another model: fingerprint {state.fingerprint!r}, expected {fingerprint!r}"
             )
         return state
 
