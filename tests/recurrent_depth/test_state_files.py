@@ -66,7 +66,7 @@ def test_foreign_and_damaged_files_are_refused(case, tmp_path):
     with pytest.raises(ForeignStateError, match="saved by another model"):
         kind.load(path, "0123456789abcdef")
     for other in {LoopStates, RoutedState, CoTState} - {kind}:
-        with pytest.raises(ValueError, match="holds .* expected"):
+        with pytest.raises(ValueError, match=r"holds .* expected"):
             other.load(path)
     with pytest.raises(ValueError, match="not a readable model state"):
         ModelState.load(path)
