@@ -121,7 +121,8 @@ class Recorder:
     """Collects a :class:`Trajectory` while a sampler runs. ``model``: its FLOPs are counted when it is a backbone."""
 
     def __init__(self, real: Tensor, maskable: Tensor, mask_id: int, full: bool, model: Any = None):
-        self.real, self.maskable, self.mask_id, self.full = real.cpu(), maskable.cpu(), mask_id, full
+        self.real, self.maskable = real.to("cpu", copy=True), maskable.to("cpu", copy=True)
+        self.mask_id, self.full = mask_id, full
         self.started = time.perf_counter()
         self.steps: dict[str, list[Tensor]] = {}
         self.seconds: list[float] = []
@@ -150,7 +151,7 @@ class Recorder:
         entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
         top = best.values.exp()
         margin = top[:, 0] - (top[:, 1] if top.shape[1] > 1 else 0.0)
-        tokens, left = z.to("cpu", torch.int32), masked.cpu()
+        tokens, left = z.to("cpu", torch.int32), masked.to("cpu", copy=True)  # the loop goes on writing into both
         # a position that no pass has predicted in this step is still predicted as it was
         pred = tokens.clone() if self.last_pred is None else torch.where(left, self.last_pred, tokens)
         pred = pred.index_put(at, best.indices[:, 0].to("cpu", torch.int32))
