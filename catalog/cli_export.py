@@ -148,3 +148,29 @@ def from_bib(
     console.print(f"{counts['known']} known, {counts['likely']} likely, {counts['missing']} missing.", style="bold")
     if counts["missing"] and score:
         console.print("Missing entries stand in the order of their relevance; a curator decides.", style="dim")
+
+
+@papers_app.command("related")
+@one_line_errors
+def related(
+    paper: Annotated[str, typer.Argument(help="Key, arXiv id, DOI, address or citation key.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Write the result as JSON.")] = False,
+) -> None:
+    """Show the papers most like one, and what they share with it."""
+    from latentcot.catalog.related import related_papers
+
+    record = get(paper)
+    found = related_papers(load_records())[record.key]
+    if as_json:
+        shown = [{"key": one.key, "title": get(one.key).title, "score": round(one.score, 6), "terms": list(one.terms)}
+                 for one in found]  # fmt: skip
+        sys.stdout.write(dump_json({"key": record.key, "related": shown}))
+        return
+    console = make_console()
+    console.print(Text(record.title, style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("key", "title", "shares"):
+        table.add_column(name, no_wrap=name == "key", ratio=None if name == "key" else 1)
+    for one in found:
+        table.add_row(one.key, Text(get(one.key).title), Text(", ".join(one.terms)))
+    console.print(table if found else "No paper is like it.")

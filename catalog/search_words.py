@@ -73,9 +73,10 @@ def query_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Terms:
-    """The reviewed table: ignored words, and for a phrase (tuple of words) what else to look for, with a factor."""
+    """The reviewed table: ignored words, words of titles that say nothing about a paper, and for a phrase (tuple of words) what else to look for, with a factor."""
 
     ignored: frozenset[str]
+    dull: frozenset[str]
     others: Mapping[tuple[str, ...], tuple[tuple[tuple[str, ...], float], ...]]
     longest: int
 
@@ -94,6 +95,7 @@ def make_terms(table: Mapping[str, object]) -> Terms:
     """Terms from the contents of the table; raises :class:`CatalogError` where it is not of the expected form."""
     try:
         ignored = frozenset(str(word) for word in table["ignored"])  # type: ignore[attr-defined]
+        dull = frozenset(str(word) for word in table["dull"])  # type: ignore[attr-defined]
         others: dict[tuple[str, ...], dict[tuple[str, ...], float]] = {}
         for group in table["same"]:  # type: ignore[attr-defined]
             forms = [tuple(words_of(text)) for text in group]
@@ -109,7 +111,7 @@ def make_terms(table: Mapping[str, object]) -> Terms:
     if any(not form for entry in others.values() for form in entry) or () in others:
         raise CatalogError("taxonomy/search_terms.json: a phrase has no word")
     frozen = {form: tuple(entry.items()) for form, entry in others.items()}
-    return Terms(ignored, MappingProxyType(frozen), max(map(len, frozen), default=0))
+    return Terms(ignored, dull, MappingProxyType(frozen), max(map(len, frozen), default=0))
 
 
 @cache
