@@ -4,9 +4,12 @@
 >>> score("Looped Transformers for Length Generalization").leaf
 'vertical/architecture'
 
-A title is enough; an abstract is read where there is one. Nothing here needs torch, a network or a random number.
+A title is enough; an abstract is read where there is one. Scoring is plain Python and always gives the same numbers;
+training needs numpy, which is imported only then.
 """
 
-from latentcot.catalog.relevance.score import Proposal, Score, score
+from latentcot.catalog.relevance.score import Near, Proposal, Score, score
 
-__all__ = ["Proposal", "Score", "score"]
+VERSION = 1
+
+__all__ = ["VERSION", "Near", "Proposal", "Score", "score"]
