@@ -27,6 +27,7 @@ from latentcot.training import TrainConfig, count_parameters, train
 from latentcot.training.language import LanguageModel, TokenBatch
 
 SCHEMA = 1
+WITH_CONVOLUTION = ("hgrn", "gla", "hgrn2", "deltanet", "gated_deltanet")  # mixers that have the option
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class CapacityStudy:
         train: the loop's values; ``seed`` and ``learning_rate`` are set for each run.
         batch_size: sequences a step, all of one setting.
         layers, mlp_ratio: of the stack; the MLP has ``mlp_ratio`` times the width.
+        short_convolution: give one to every mixer that can have it (RetNet and attention can not), so that what is measured is what a
+            state holds and not whether two layers can bind a value to the key in front of it.
         items: sequences of each test setting.
         trained, tested: settings.
     """
@@ -49,11 +52,15 @@ class CapacityStudy:
     batch_size: int = 256
     layers: int = 2
     mlp_ratio: int = 2
+    short_convolution: bool = True
     items: int = 1000
     trained: tuple[MQARSetting, ...] = PROTOCOL_B_TRAIN
     tested: tuple[MQARSetting, ...] = PROTOCOL_B_TEST
 
     def backbone(self, mixer: str, width: int, vocab_size: int) -> HybridConfig:
+        options = mixer_options(mixer, width, 1)
+        if self.short_convolution and mixer in WITH_CONVOLUTION:
+            options[mixer] |= {"use_short_conv": True}
         return HybridConfig(
             vocab_size=vocab_size,
             hidden_size=width,
@@ -65,7 +72,7 @@ class CapacityStudy:
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=None,
-            **mixer_options(mixer, width, 1),
+            **options,
         )
 
 
@@ -73,7 +80,7 @@ def default_capacity() -> CapacityStudy:
     """Six mixers and full attention at three widths and two learning rates: 42 runs, minutes each on one GPU."""
     return CapacityStudy(
         mixers=(*MIXERS, "attention"),
-        widths=(64, 128, 256),
+        widths=(32, 64, 128),
         rates=(3e-3, 1e-2),
         train=TrainConfig(steps=1406, learning_rate=1e-2, warmup_steps=70, final_rate=0.0, checkpoint_every=400),
     )

@@ -79,7 +79,10 @@ def capacity_page(results: dict[str, Any], pictures: str = "mqar-capacity") -> s
         "Multi-query associative recall with one mixture for training and harder settings for testing: accuracy over queries against the "
         "bytes of the state. Written by `latentcot compare mqar-capacity`; every figure is read off its `results.json`.",
         "",
-        f"* Stacks of {study['layers']} layers, one head of the whole width, MLP of {study['mlp_ratio']} times the width, tied embeddings.",
+        f"* Stacks of {study['layers']} layers, one head of the whole width, MLP of {study['mlp_ratio']} times the width, tied embeddings"
+        + (
+            ", a short convolution in every mixer but RetNet and full attention." if study["short_convolution"] else "."
+        ),
         f"* Trained on tokens / pairs {trained}: {examples:,} examples, {passes:.1f} passes ({study['train']['steps']} steps of "
         f"{study['batch_size']}), learning rate {rates}, the better one on validation sequences. The published protocol has 32 passes "
         "and four learning rates, so accuracies here are lower bounds of what a stack can reach.",

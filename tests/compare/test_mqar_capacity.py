@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from latentcot.backbone import HybridForCausalLM
 from latentcot.compare.mqar_capacity import Mixture, default_capacity, quick_capacity, run_capacity_study
 from latentcot.compare.mqar_capacity_report import capacity_cells, capacity_page, write_capacity_report
 from latentcot.tasks.mqar import PROTOCOL_B_TRAIN, MQARSetting
@@ -14,7 +15,7 @@ from latentcot.tasks.mqar import PROTOCOL_B_TRAIN, MQARSetting
 def test_settings_take_turns_by_their_share_of_the_examples():
     turns = [setting for setting, _ in Mixture(PROTOCOL_B_TRAIN, 256).turns]
     assert sorted(turns) == [0] * 5 + [1, 2, 3, 4]
-    assert turns[:3] != [0, 0, 0]
+    assert turns == [0, 0, 0, 1, 2, 3, 4, 0, 0]
 
 
 def test_a_batch_depends_on_its_number_alone_and_examples_come_in_order():
@@ -33,6 +34,16 @@ def test_the_study_ends_at_twice_the_pairs_it_trains_on():
     assert len(study.mixers) * len(study.widths) * len(study.rates) == 42
 
 
+def test_every_mixer_that_can_has_a_short_convolution():
+    study = default_capacity()
+    for mixer in study.mixers:
+        names = [name for name, _ in HybridForCausalLM(study.backbone(mixer, 32, 16)).named_parameters()]
+        assert any("conv1d" in name for name in names) == (mixer not in ("retnet", "attention"))
+    plain = replace(study, short_convolution=False)
+    names = [name for name, _ in HybridForCausalLM(plain.backbone("gla", 32, 16)).named_parameters()]
+    assert not any("conv1d" in name for name in names)
+
+
 def results(seeds):
     runs = [
         {
@@ -45,6 +56,7 @@ def results(seeds):
     setting = {"length": 64, "pairs": 4, "train": 100, "test": 10}
     study = {
         "mixers": ["hgrn"], "widths": [32], "rates": [3e-3, 1e-2], "seeds": seeds, "layers": 2, "mlp_ratio": 2, "items": 10,
+        "short_convolution": True,
         "train": {"steps": 4}, "batch_size": 50, "trained": [setting], "tested": [setting, {**setting, "length": 128}],
     }  # fmt: skip
     return {"study": study, "machine": {"device": "cpu", "torch": "2"}, "finished": "2026-01-01T00:00", "runs": runs}
