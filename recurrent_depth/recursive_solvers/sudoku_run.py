@@ -21,7 +21,8 @@ On a GPU::
 Making 2000 puzzles of 9x9 takes minutes of a processor before that; ``--prepare`` does it alone, on any machine, and the folder can
 be carried over. The command shows a progress bar, keeps a checkpoint in the folder and, started again, goes on; with ``--pause-after``
 it leaves by itself after so long (then with ``"finished": false``). ``result.json`` holds the configuration, the history and the
-accuracies, with halting, without, and with twice the segments of training.
+accuracies, with halting, without, and with twice the segments of training; ``test_last_weights`` is what the weights answer
+without their average, which trails a short training (decay 0.999 remembers a thousand steps; ``--average`` sets another).
 """
 
 import argparse
@@ -164,6 +165,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     precision: str = "float32",
+    average: float | None = None,
     out: Path | None = None,
     workers: int | None = None,
     quiet: bool = False,
@@ -178,6 +180,7 @@ def run(
         pause_after: leave after so many seconds of training in this call; the same call again goes on.
         seed: of weights, batches and halting; not of the puzzles.
         device, precision: ``cpu`` or ``cuda``; ``float32`` or ``bfloat16`` (of matrix products in training).
+        average: decay of the weight average instead of the preset's.
         out: folder of the report, of ``puzzles.safetensors`` and of ``checkpoint.safetensors``, which training goes on from; ``None`` =
             nothing is written.
         workers: processes that make puzzles; default one a core for 9x9, none otherwise.
@@ -199,7 +202,10 @@ def run(
     config = (hrm if method == "hrm" else trm)(task.config.size + 2, task.config.size**2, **sizes)
     torch.manual_seed(seed)
     model = DeepSupervision(RecursiveSolver(config), SupervisionConfig(**preset.supervision)).to(device)
-    training = SolverTraining(steps=steps, seconds=seconds, seed=seed, precision=precision, **preset.training)
+    decay = {} if average is None else {"average": average}
+    training = SolverTraining(
+        steps=steps, seconds=seconds, seed=seed, precision=precision, **{**preset.training, **decay}
+    )
     if out is not None:
         if out.exists() and not out.is_dir():
             raise ValueError(f"out: {out} is a file, expected a folder")
@@ -242,6 +248,7 @@ def run(
         "steps": result.steps,
         "seconds": result.seconds,
         "test": evaluate(result.model, task, "test", test, device=device),
+        "test_last_weights": evaluate(model, task, "test", test, device=device),
         "test_without_halting": evaluate(result.model, task, "test", test, halt=False, device=device),
         "test_longer": evaluate(result.model, task, "test", test, segments=longer, halt=False, device=device),
         "train": evaluate(result.model, task, "train", pick(train, slice(preset.test)), device=device),
@@ -313,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--average", type=float, help="decay of the weight average that answers")
     parser.add_argument("--puzzles", type=int, help="distinct training puzzles instead of the preset's")
     parser.add_argument("--test", type=int, help="test puzzles instead of the preset's")
     parser.add_argument("--batch", type=int, help="rows a step instead of the preset's")
