@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 # torch first and pinned: a range would let pip take a CUDA build of several gigabytes where a CPU build is wanted
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test lab site lint gpu-test clean help
+.PHONY: quickstart test lab site lint gpu-test demo-update clean help
 
 help:
 	@echo "make quickstart  install, run the quick comparison (minutes, CPU), build the site"
 	@echo "make test        everything that CI runs"
 	@echo "make lab         open the notebooks"
 	@echo "make site        build the site into site/"
+	@echo "make demo-update the catalog's update, review and refresh against a local feed server (a minute, no network)"
 	@echo "make lint        ruff, pyright, import contracts"
 	@echo "make gpu-test    the device tests, on a machine with a CUDA card"
 
@@ -59,6 +60,9 @@ lab: $(VENV)/.run
 
 site: $(VENV)/.run
 	$(BIN)/latentcot site
+
+demo-update: $(VENV)/.run
+	$(BIN)/python -m latentcot.catalog.demo_update
 
 gpu-test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu -m gpu -q
