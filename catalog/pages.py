@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from latentcot.catalog.leaves import Branch, FacetSet, Leaf, Tree
+from latentcot.catalog.pages_statistics import page_values
 from latentcot.catalog.record import PartialDate, Record
 
 _SPECIAL = re.compile(r"[^\w\s.,;:()'/?%@-]|_", re.ASCII)
@@ -225,26 +226,7 @@ class _Pages:
 
     def statistics(self) -> str:
         front = {"heading": "Statistics", "description": "Number of papers by topic, year, source and status"}
-        records = self.records
-        years = Counter(str(record.year) if record.year else "unknown" for record in records)
-        sources = Counter(source for record in records for source in sorted({entry.source for entry in record.sources}))
-        status = Counter(record.taxonomy.status for record in records)
-        coverage = {
-            "authors known": sum(record.authors is not None for record in records),
-            "full date known": sum(r.published is not None and r.published.precision == "day" for r in records),
-            "venue known": sum(record.venue is not None for record in records),
-            "has a code link": sum(record.has_code for record in records),
-            "runnable here": sum(bool(record.runnable) for record in records),
-            "has our note": sum(record.note is not None for record in records),
-            "withdrawn or superseded": sum(record.status != "active" for record in records),
-        }
-        return self._render(
-            "statistics.md.j2", front,
-            primary=Counter(record.taxonomy.primary for record in records),
-            years=[(year, years[year]) for year in sorted(years, reverse=True)],
-            sources=sorted(sources.items(), key=lambda item: (-item[1], item[0])),
-            status=[(value, status[value]) for value in STATUS_MEANING], coverage=coverage,
-        )  # fmt: skip
+        return self._render("statistics.md.j2", front, **page_values(self.records, self.tree, tuple(STATUS_MEANING)))
 
     def paper(self, record: Record) -> str:
         definition = self.tree.leaves[record.taxonomy.primary].name
