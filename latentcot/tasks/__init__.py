@@ -30,6 +30,7 @@ __all__ = [
 TASKS: dict[str, str] = {
     "group": "latentcot.tasks.group:GroupTask",
     "chain": "latentcot.tasks.chain:ChainTask",
+    "countdown": "latentcot.tasks.countdown:CountdownTask",
     "mano": "latentcot.tasks.mano:ManoTask",
     "mqar": "latentcot.tasks.mqar:MQARTask",
     "needle": "latentcot.tasks.needle:NeedleTask",
