@@ -93,7 +93,9 @@ def block_streams(
     if others is not None:
         q = others.q if inside in ("softmax", "bilinear") else _past_queries(run, others, inside, write)
         before.append(q.reshape(B, n * L, *q.shape[2:]))
-    if before or after:
+    if n == 1 and others is None and not after and before and not output_state:
+        reads, state = [_read(padded.q, padded.v, initial_state, scale)], None  # one block that writes nothing
+    elif before or after:
         reads, state = _walk(run, padded, before, after, L, write, scale, initial_state, output_state)
     else:  # "decayed", one stream: the causal operator itself, which needs no padding
         o, state = run(clean, scale, initial_state, output_state)
@@ -117,6 +119,14 @@ def block_streams(
     past = reads[len(before) - 1]
     o_noisy = _beside_the_past(run, others, inside, write, past, mask, scale, direction_gate)
     return restored(o_clean), restored(o_noisy), state
+
+
+def _read(q: Tensor, v: Tensor, state: Tensor | None, scale: float) -> Tensor:
+    """``s q S``: ``q [B,L,H,K]``, ``S [B,H_v,K,V]`` -> ``[B,L,H_v,V]``; zero without a state."""
+    if state is None:
+        return torch.zeros_like(v)
+    q = _per_value_head(q, state.shape[1]).to(state.dtype)
+    return torch.matmul(scale * q.transpose(1, 2), state).transpose(1, 2)
 
 
 def _beside_the_past(
