@@ -16,7 +16,7 @@ from latentcot.catalog.cli import papers_app
 from latentcot.site import site
 
 INTERRUPTED = 130  # exit code of a program stopped by Ctrl-C
-STUDIES = ("hybrid-ratio", "mqar", "mqar-capacity")  # of latentcot.compare.studies
+STUDIES = ("hybrid-ratio", "mqar", "mqar-capacity", "depth", "depth-sudoku9")  # of latentcot.compare.studies
 
 app = typer.Typer(
     name="latentcot",
@@ -52,28 +52,29 @@ def compare_command(
         str,
         typer.Argument(
             help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) half an hour, "
-            "`mqar` (recall at the published size) minutes, `mqar-capacity` (recall against state bytes) minutes on a GPU."
+            "`mqar` (recall at the published size) minutes, `mqar-capacity` (recall against state bytes) minutes on a GPU, "
+            "`depth` (a loop against its controls) half an hour, `depth-sudoku9` (the same on 9x9 Sudoku) hours of a GPU."
         ),
     ] = "quickstart",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; default out/PRESET. Run again: it continues there.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Training seeds for every method; default 1, 2 for `hybrid-ratio`.")
+        int | None, typer.Option(help="Training seeds for every method; default 1, 2 for `hybrid-ratio` and `depth`.")
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Comma-separated methods (mixers for a study) instead of the preset's."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Another task instead of the preset's.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Another task instead of the preset's; for `depth`, some of its tasks.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
     items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.")] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Runs side by side, sharing the cores; default one a core, of one thread each.")
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Of a study: about two minutes, to see that it runs.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Of a study: about two minutes, to see that it runs.")] = False,
     page: Annotated[
         Path | None, typer.Option(help="Of a study: folder of the written page; default the results' folder.")
     ] = None,
@@ -83,10 +84,14 @@ def compare_command(
     if preset in STUDIES:
         from latentcot.compare.studies import run_study
 
-        for name, value in (("task", task), ("steps", steps), ("items", items)):
+        of_depth = preset.startswith("depth")
+        for name, value in (("task", None if of_depth else task), ("steps", steps), ("items", items)):
             if value is not None:
                 raise ValueError(f"--{name} belongs to other comparisons, not to {preset!r}")
-        run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, _names(methods), page)
+        chosen = _names(task if of_depth else methods)
+        if of_depth and methods is not None:
+            raise ValueError(f"--methods: {preset!r} has the loop and its controls; --task chooses tasks")
+        run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, chosen, page)
         return
     if quick or page is not None:
         raise ValueError(f"--quick and --page belong to studies ({', '.join(STUDIES)}), not to {preset!r}")

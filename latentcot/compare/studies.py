@@ -1,4 +1,5 @@
-"""The studies of ``latentcot compare`` (``hybrid-ratio``, ``mqar``, ``mqar-capacity``): run one, print its table, write its page."""
+"""The studies of ``latentcot compare`` (``hybrid-ratio``, ``mqar``, ``mqar-capacity``, ``depth``): run one, print its table, write its
+page."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from latentcot.compare import depth_report
+from latentcot.compare.depth import default_depth, quick_depth, run_depth_study, select_tasks, sudoku9_depth
 from latentcot.compare.hybrid_ratio import default_study, quick_study, run_ratio_study
 from latentcot.compare.hybrid_ratio_report import claim_lines, terminal_table, write_ratio_report
 from latentcot.compare.mqar import default_mqar, mqar_table, quick_mqar, run_mqar_study
@@ -27,8 +30,8 @@ def run_study(
 
     Args:
         quick: the variant of about two minutes.
-        seeds: default 2 for ``hybrid-ratio``, 1 for the others.
-        mixers: instead of the study's.
+        seeds: default 2 for ``hybrid-ratio`` and ``depth``, 1 for the others.
+        mixers: instead of the study's; for ``depth`` and ``depth-sudoku9`` the tasks to run.
         page: folder for the page and its plots; default ``out``. ``mqar`` has none.
 
     Raises:
@@ -49,6 +52,18 @@ def run_study(
         results = run_capacity_study(capacity, out, 1 if seeds is None else seeds, jobs, console)
         written = write_capacity_report(results, page or out)
         console.print(capacity_table(results))
+        console.print(f"Page: {written.resolve()}", soft_wrap=True, highlight=False)
+        return
+    if name in ("depth", "depth-sudoku9"):
+        if quick and name != "depth":
+            raise ValueError("--quick belongs to other studies, not to 'depth-sudoku9'")
+        depth = sudoku9_depth() if name == "depth-sudoku9" else quick_depth() if quick else default_depth()
+        depth = select_tasks(depth, mixers)
+        results = run_depth_study(depth, out, (2 if name == "depth" else 1) if seeds is None else seeds, jobs, console)
+        written = depth_report.write_depth_report(results, page or out)
+        console.print(depth_report.terminal_table(results))
+        for line in depth_report.claim_lines(results):
+            console.print("• " + escape(line), highlight=False)
         console.print(f"Page: {written.resolve()}", soft_wrap=True, highlight=False)
         return
     ratio = quick_study() if quick else default_study()
