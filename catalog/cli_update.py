@@ -76,23 +76,21 @@ def _client(
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=console,
-        transient=True,
-    )
+    parts = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    return Progress(*parts, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _check_summary(summary: Path | None) -> None:
+    """Before the run: a summary that cannot be written would be noticed when everything is over."""
+    if summary is not None and (summary.is_dir() or not summary.absolute().parent.is_dir()):
+        raise CatalogError(f"--summary expects a file in a folder that exists, given {summary}")
 
 
 def _deliver(text: str, summary: Path | None) -> None:
     if summary is None:
         sys.stdout.write(text)
-        return
-    if summary.is_dir() or not summary.absolute().parent.is_dir():
-        raise CatalogError(f"--summary expects a file in a folder that exists, given {summary}")
-    write_atomic(summary, text)
+    else:
+        write_atomic(summary, text)
 
 
 @papers_app.command("update")
@@ -122,6 +120,7 @@ def update(
     from latentcot.catalog.update.updater import Updater
 
     folders = open_catalog(catalog)
+    _check_summary(summary)
     config = load_queries(queries)
     if overlap_days is not None and not config.overlap_days <= overlap_days <= 400:
         raise CatalogError(f"--overlap-days expects {config.overlap_days} to 400, given {overlap_days}")
@@ -130,6 +129,7 @@ def update(
         client = _client(folders, feed, contact, gap, budget, fresh, console)
         scorer, note = default_scorer(config.phrases)
         overlap = timedelta(days=overlap_days) if overlap_days else None
+        config.chosen(query)  # a wrong name shows before anything begins
         updater = Updater(folders, client, config, scorer, dry_run=dry_run, overlap=overlap)
         if note:
             updater.report.notes.append(note)
@@ -185,6 +185,7 @@ def refresh_command(
     if dry_run and (code or links):
         raise CatalogError("--dry-run is for metadata alone; --code and --links write what they find")
     folders = open_catalog(catalog)
+    _check_summary(summary)
     records = chosen(folders, paper or [])
     console = Console(stderr=True, highlight=False)
     report, extra = RefreshReport(asked=len(records)), EnrichReport()

@@ -76,6 +76,14 @@ class QueryFile(_Strict):
         datetime.fromisoformat(self.first_day)
         return self
 
+    def chosen(self, only: list[str] | None) -> list[Query]:
+        """The queries named in ``only``, in the order of the file; all where it is ``None``."""
+        names = [query.name for query in self.queries]
+        for name in only or []:
+            if name not in names:
+                raise CatalogError(f"no query is called {name[:60]!r}; there are {', '.join(names)}")
+        return [query for query in self.queries if only is None or query.name in only]
+
     @property
     def start(self) -> datetime:
         return datetime.fromisoformat(self.first_day).replace(tzinfo=UTC)

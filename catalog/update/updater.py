@@ -24,7 +24,7 @@ from latentcot.catalog.queue_store import (
     write_candidate,
 )
 from latentcot.catalog.record import dump_json
-from latentcot.catalog.store import CatalogError, write_atomic
+from latentcot.catalog.store import write_atomic
 from latentcot.catalog.text import normal_title
 from latentcot.catalog.update.atom import Entry
 from latentcot.catalog.update.client import BlockedError, FeedClient, FeedError, RejectedError, StoppedError
@@ -52,7 +52,7 @@ class Updater:
 
     def run(self, only: list[str] | None = None) -> UpdateReport:
         """Read all queries, or those named in ``only``."""
-        queries = self._chosen(only)
+        queries = self.config.chosen(only)
         with writing(self.folders) if not self.dry_run else _nothing():
             self._marks = read_watermarks(self.folders.watermarks)
             self._decisions = read_decisions(self.folders)
@@ -89,13 +89,6 @@ class Updater:
                 line.until = self._until(query)
         self.report.changed = sorted(set(self.report.changed) - {candidate.key for candidate in self.report.new})
         return self.report
-
-    def _chosen(self, only: list[str] | None) -> list[Query]:
-        names = [query.name for query in self.config.queries]
-        for name in only or []:
-            if name not in names:
-                raise CatalogError(f"no query is called {name[:60]!r}; there are {', '.join(names)}")
-        return [query for query in self.config.queries if only is None or query.name in only]
 
     def _until(self, query: Query) -> str | None:
         mark = self._marks.get(query.name)
