@@ -12,6 +12,7 @@ from latentcot.catalog.identifiers import Identifier, IdentifierError, parse_acl
 from latentcot.catalog.leaves import load_facets, load_taxonomy
 from latentcot.catalog.names import CITEKEY
 from latentcot.catalog.record import Record, dump_fast, dump_json, dump_record, folder_of, record_schema
+from latentcot.catalog.runnable import runnable_problems
 from latentcot.catalog.store import CATALOG, PAPERS, CatalogError, parse_record
 from latentcot.catalog.text import normal_title, without_name
 
@@ -122,14 +123,8 @@ def _record(record: Record, root: Path | None) -> Iterator[Problem]:
             yield Problem(where, "links", f"{link.url} is given twice as {link.kind}")
         seen.add((link.kind, link.url))
     for place in record.runnable:
-        for path in (place.module, place.notebook, place.test):
-            if root and path and not _inside(root, path):
-                yield Problem(where, "runnable", f"the path {path!r} does not exist in the repository")
-
-
-def _inside(root: Path, path: str) -> bool:
-    parts = Path(path)
-    return not parts.is_absolute() and ".." not in parts.parts and (root / parts).exists()
+        for message in runnable_problems(place, root) if root else ():
+            yield Problem(where, "runnable", message)
 
 
 def _identifiers(record: Record) -> Iterator[Problem]:

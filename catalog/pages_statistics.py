@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from latentcot.catalog.leaves import Tree
 from latentcot.catalog.record import Record
-from latentcot.catalog.statistics import statistics
+from latentcot.catalog.statistics import EARLIER, statistics
 
 FAMILY_NAMES = {
     "latent": "Latent reasoning",
@@ -28,7 +28,7 @@ KIND_NAMES = {
     "near": "Nearest neighbours: explicit efficient reasoning",
     "rejected": "Rejected by a curator",
 }
-_ROW, _BAR, _GAP, _LEFT = 46, 22, 4, 190
+_ROW, _TALLEST, _BAR, _STEP, _APART = 84, 52, 36, 42, 24
 
 
 def page_values(records: Sequence[Record], tree: Tree, status_order: Sequence[str]) -> dict[str, Any]:
@@ -66,28 +66,27 @@ def percent(share: float | None, digits: int = 0) -> str:
 def timeline_figure(labels: Sequence[str], branches: dict[str, list[int]], names: dict[str, str]) -> Markup:
     """One row of bars a branch, quarters from left to right; every bar tells its number when pointed at."""
     highest = max((count for counts in branches.values() for count in counts), default=0) or 1
-    width, height = _LEFT + len(labels) * (_BAR + _GAP), len(branches) * _ROW + 20
+    # The first bar holds all earlier years and stands apart.
+    places = [i * _STEP + (_APART if i else 0) for i in range(len(labels))]
+    width, height = places[-1] + _STEP + 12, len(branches) * _ROW + 20
     parts = [
         f'<svg class="lc-timeline" viewBox="0 0 {width} {height}" width="100%" role="img" '
         f'aria-label="Papers by quarter and branch; the table below has the numbers" fill="currentColor" font-size="11">'
     ]
     for row, (slug, counts) in enumerate(branches.items()):
-        base = (row + 1) * _ROW - 6
-        parts.append(f'<text x="0" y="{base - 4}">{escape(names[slug])}</text>')
-        for i, count in enumerate(counts):
-            tall, x = round((_ROW - 18) * count / highest, 1), _LEFT + i * (_BAR + _GAP)
-            parts.append(f"<g><title>{escape(names[slug])}, {escape(labels[i])}: {count}</title>")
-            parts.append(f'<rect x="{x}" y="{base - tall}" width="{_BAR}" height="{tall}" fill-opacity="0.55"/>')
+        base, name = (row + 1) * _ROW, escape(names[slug])
+        parts.append(f'<text x="0" y="{base - _ROW + 16}" font-weight="bold">{name}</text>')
+        for x, label, count in zip(places, labels, counts, strict=True):
+            tall = round(_TALLEST * count / highest, 1)
+            parts.append(f"<g><title>{name}, {escape(label)}: {count}</title>")
+            parts.append(f'<rect x="{x}" y="{base - tall:.1f}" width="{_BAR}" height="{tall}" fill-opacity="0.55"/>')
             if count:
-                parts.append(
-                    f'<text x="{x + _BAR / 2}" y="{base - tall - 2}" text-anchor="middle" font-size="9">{count}</text>'
-                )
+                middle = f'x="{x + _BAR // 2}" y="{base - tall - 2:.1f}" text-anchor="middle" font-size="9"'
+                parts.append(f"<text {middle}>{count}</text>")
             parts.append("</g>")
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{width}" y1="{base}" y2="{base}" stroke="currentColor" stroke-opacity="0.4"/>'
-        )
-    for i, label in enumerate(labels):
-        if i == 0 or label.endswith("-1"):
-            text = "earlier" if i == 0 else label[:4]
-            parts.append(f'<text x="{_LEFT + i * (_BAR + _GAP)}" y="{height - 4}">{text}</text>')
+        parts.append(f'<path d="M0 {base}H{width}" stroke="currentColor" stroke-opacity="0.4"/>')
+    for x, label in zip(places, labels, strict=True):
+        if label == EARLIER or label.endswith("-1"):
+            text = "earlier" if label == EARLIER else label[:4]
+            parts.append(f'<text x="{x}" y="{height - 4}">{text}</text>')
     return Markup("".join(parts) + "</svg>")

@@ -139,10 +139,12 @@ def _collect(
     """Every generated page: ``{path below the source tree: content}``."""
     from latentcot.catalog.leaves import load_facets, load_taxonomy
     from latentcot.catalog.pages import SiteLinks, paper_pages
+    from latentcot.catalog.runnable import reverse_index
     from latentcot.catalog.store import CatalogError, load_records
 
     pages: dict[str, str | bytes] = {}
-    pages.update(site_pages.api_pages(root))
+    records = load_records() if records is None else records
+    pages.update(site_pages.with_papers(site_pages.api_pages(root), reverse_index(records)))
     pages["reference/cli.md"] = site_pages.cli_page(_command())
     pages.update(site_pages.notebook_pages(rendered))
     pages.update(site_pages.results_pages(results))
@@ -158,7 +160,7 @@ def _collect(
 
     links = SiteLinks(_bibtex(), module_page, notebook_page, (settings.get("extra") or {}).get("corrections_url"))
     try:
-        pages.update(paper_pages(load_records() if records is None else records, load_taxonomy(), load_facets(), links))
+        pages.update(paper_pages(records, load_taxonomy(), load_facets(), links))
     except (CatalogError, ValueError) as error:
         raise SiteError(f"catalog: {error}") from None
     return pages

@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,29 @@ def _api_markdown(name: str, source: Path, tree: ast.Module) -> str:
     else:
         lines += _directive(name)
     return "\n".join(lines) + "\n"
+
+
+def with_papers(pages: Mapping[str, str], papers: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """The API pages with the papers that the modules of each package implement, as a last section.
+
+    ``papers`` is what :func:`latentcot.catalog.runnable.reverse_index` gives; pages without papers stay as they are.
+    """
+    found = dict(pages)
+    for name in API_PACKAGES:
+        path = f"{api_page(name)}.md"
+        mine = {module: held for module, held in papers.items() if documented_package(module) == name}
+        if path not in found or not mine:
+            continue
+        up = "../" * path.count("/")
+        lines = [found[path].rstrip(), "", "## Papers implemented here", ""]
+        for module, held in mine.items():
+            lines += [f"- `{module}`", ""]
+            for entry in held:
+                test = f" (test: `{entry.entry.test}`)" if entry.entry.test else ""
+                lines.append(f"    - [{escape_markdown(entry.record.title)}]({up}paper/{entry.record.key}.md){test}")
+            lines.append("")
+        found[path] = "\n".join(lines)
+    return found
 
 
 def _exported(tree: ast.Module) -> list[str]:
