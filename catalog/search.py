@@ -15,7 +15,7 @@ first, then by key.
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -28,6 +28,8 @@ from latentcot.catalog.postings import FIELDS, STEMMED, Postings
 from latentcot.catalog.record import Record
 from latentcot.catalog.search_text import Snippet, Spans, Wanted, find_spans, marked, snippet
 from latentcot.catalog.search_words import (
+    SAME_FACTOR,
+    Phrase,
     Stemmer,
     clean_query,
     hump_words,
@@ -50,10 +52,10 @@ FIELD_WEIGHTS = {
 # part of a word.
 _STEM, _LONGER, _BEGINNING, _PART = 0.85, 0.3, 0.7, 0.5
 _BOTH = 0.1
-_ALL_WORDS, _SIDE_BY_SIDE, _LITTLE_ELSE = 0.08, 0.3, 0.1
+_ALL_WORDS, _SIDE_BY_SIDE, _LITTLE_ELSE = 0.08, 0.2, 0.1
 _TITLE, _NAME = 3.0, 2.0  # the query is a title, or the name before its colon
 # Bonuses for the topic of the best papers and for title words that they share; how many papers and words those are.
-_TOPIC, _TERMS, _FROM, _SHARED = 0.6, 0.3, 5, 6
+_TOPIC, _TERMS, _FROM, _SHARED = 0.6, 0.4, 5, 6
 _ENOUGH, _NEAR_BEST = 0.25, 0.3  # what a paper must have of the words' weight, and of the best paper's score
 _RERANKED = 60
 
@@ -215,6 +217,8 @@ class SearchIndex:
                             alike = other * np.float32(factor)
                             both = np.float32(_BOTH) * np.minimum(strength[place], alike)
                             strength[place] = np.maximum(strength[place], alike) + both
+        for place, parts in _shares(terms.phrases(words), strength).items():
+            idf[place] /= parts
         every = np.logical_and.reduce([m > 0 for m in strength.values()])
         score = sum(np.float32(idf[place]) * m for place, m in strength.items()) / np.float32(sum(idf.values()))
         enough = np.asarray(score >= max(_ENOUGH, _NEAR_BEST * float(score.max())))
@@ -328,6 +332,17 @@ class _Having:
         arrays = [self.word(word) for word in words]
         together = np.minimum.reduce(arrays) if len(arrays) > 1 else arrays[0]
         return together if together.any() else None
+
+
+def _shares(phrases: Iterable[Phrase], used: Container[int]) -> dict[int, int]:
+    """Of how many used words the longest phrase around each place is: "chain of thought" counts as one word does."""
+    shares: dict[int, int] = {}
+    for start, end, others in phrases:
+        if any(factor == SAME_FACTOR for _, factor in others):
+            places = [place for place in range(start, end) if place in used]
+            for place in places:
+                shares[place] = max(shares.get(place, 1), len(places))
+    return shares
 
 
 def _title_bonus(title: Sequence[str], asked: Sequence[str]) -> float:

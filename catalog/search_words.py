@@ -9,10 +9,11 @@ known although its title lacks them (Coconut, Huginn) are in ``taxonomy/method_n
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import MappingProxyType
+from typing import TypeAlias
 
 from latentcot.catalog.store import CATALOG, CatalogError
 from latentcot.catalog.text import to_latin
@@ -71,16 +72,24 @@ def query_words(text: str) -> list[str]:
     return list(dict.fromkeys(folded))[:MAX_WORDS]
 
 
+# Start and end in the words of a query, and what else to look for: words and factor.
+Phrase: TypeAlias = tuple[int, int, tuple[tuple[tuple[str, ...], float], ...]]
+
+
 @dataclass(frozen=True)
 class Terms:
-    """The reviewed table: ignored words, words of titles that say nothing about a paper, and for a phrase (tuple of words) what else to look for, with a factor."""
+    """The reviewed table.
+
+    ``ignored`` words say nothing in a query, ``dull`` ones nothing about a paper; ``others`` gives for a phrase (tuple of
+    words) what else to look for, with a factor.
+    """
 
     ignored: frozenset[str]
     dull: frozenset[str]
     others: Mapping[tuple[str, ...], tuple[tuple[tuple[str, ...], float], ...]]
     longest: int
 
-    def phrases(self, words: list[str]) -> Iterable[tuple[int, int, tuple[tuple[tuple[str, ...], float], ...]]]:
+    def phrases(self, words: list[str]) -> Iterator[Phrase]:
         """(start, end, others) of every phrase of the table in ``words``."""
         for start in range(len(words)):
             for end in range(start + 1, min(start + self.longest, len(words)) + 1):
