@@ -26,6 +26,7 @@ from latentcot.backbone.mixers.base import (
 )
 from latentcot.backbone.rotary import RotaryLayout
 from latentcot.backbone.state import LayerState
+from latentcot.kernels import BlockCausal
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class SoftmaxAttention(Mixer):
         seen = context.attention_mask if window is None else windowed_mask(context, window)
         if isinstance(state, AttendedState):
             return self.o_proj(state.attend(q, k, v, seen).transpose(1, 2).flatten(2)), state
+        if state is not None and not context.keep_state and _reads_in_place(q, context):
+            o = beside_the_past(q, k, v, state["keys"], state["values"], seen)
+            return self.o_proj(o.transpose(1, 2).flatten(2)), None
         if state is not None:
             k = torch.cat([state["keys"], k], 2)
             v = torch.cat([state["values"], v], 2)
@@ -131,6 +135,28 @@ class SoftmaxAttention(Mixer):
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         return linear_flops(self, tokens) + 4.0 * tokens * keys * self.heads * self.head_width
+
+
+def _reads_in_place(q: Tensor, context: SequenceContext) -> bool:
+    """Blocks that are looked at again and again copy no past; 16-bit scores would be rounded, so those take the fused kernel."""
+    return isinstance(context.visibility, BlockCausal) and q.dtype in (torch.float32, torch.float64)
+
+
+def beside_the_past(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, seen: Tensor | None = None
+) -> Tensor:
+    """Softmax attention over stored and new keys, without joining the two: ``q [B, H, S, K]``, ``k, v [B, G, S, K]``, the past
+    ``[B, G, T, K]``, ``seen [B or 1, 1, S, T + S]`` bool. One softmax: both parts are scaled by the same maximum and sum."""
+    groups, length, T = k.shape[1], q.shape[2], past_k.shape[2]
+    q = q.unflatten(1, (groups, -1)).flatten(2, 3) * q.shape[-1] ** -0.5  # [B, G, m * S, K]
+    old, new = q @ past_k.mT, q @ k.mT
+    if seen is not None:
+        seen = seen.repeat(1, 1, q.shape[2] // length, 1)
+        old, new = old.masked_fill(~seen[..., :T], -torch.inf), new.masked_fill(~seen[..., T:], -torch.inf)
+    top = torch.maximum(old.amax(-1, keepdim=True), new.amax(-1, keepdim=True)).detach()
+    old, new = (old - top).exp(), (new - top).exp()
+    o = (old @ past_v + new @ v) / (old.sum(-1, keepdim=True) + new.sum(-1, keepdim=True))
+    return o.unflatten(2, (-1, length)).flatten(1, 2)
 
 
 def windowed_mask(context: SequenceContext, window: int) -> Tensor:
