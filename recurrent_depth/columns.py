@@ -61,7 +61,6 @@ class Tail:
         self.at = entry["keys"].shape[2]
         given = entry.buffer if isinstance(entry, StoredColumns) else None
         self.buffer = given if given is not None and given.takes(self.at) else Buffer(entry)
-        self.written = torch.zeros(len(self.buffer.keys), dtype=torch.bool, device=self.buffer.keys.device)
 
     def put(self, k: Tensor, v: Tensor, rows: Tensor | None = None) -> None:
         """The column of ``rows`` (``None`` = all), ``[n, G, 1, K]`` each; a second write replaces the first."""
@@ -70,14 +69,9 @@ class Tail:
                 store[:, :, self.at] = new[:, :, 0]
             else:
                 store[:, :, self.at].index_copy_(0, rows, new[:, :, 0])
-        if rows is None:
-            self.written.fill_(True)
-        else:
-            self.written[rows] = True
 
-    def fill(self, donor: "Tail | None" = None) -> None:
+    def fill(self, rows: Tensor, donor: "Tail | None" = None) -> None:
         """The column of rows that nobody wrote: that of ``donor``, or zeros."""
-        rows = (~self.written).nonzero()[:, 0]
         if not len(rows):
             return
         for name in ("keys", "values"):
@@ -86,7 +80,6 @@ class Tail:
                 column.index_fill_(0, rows, 0)
             else:
                 column.index_copy_(0, rows, getattr(donor.buffer, name)[:, :, donor.at][rows])
-        self.written.fill_(True)
 
     @property
     def column(self) -> tuple[Tensor, Tensor]:

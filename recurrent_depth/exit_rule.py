@@ -104,7 +104,7 @@ class ExitRule:
 
     def view(self, tensor: Tensor, mask: Tensor) -> Tensor:
         """The positions of ``tensor [B, S, ...]`` that the rule reads: ``[B, 1, ...]`` for ``last``, else all."""
-        if self.positions != "last":
+        if self.positions != "last" or mask.shape[1] == 1:
             return tensor
         length = mask.shape[1]
         last = length - 1 - mask.flip(1).to(torch.uint8).argmax(1)

@@ -156,12 +156,8 @@ class StepPass:
             entry = self._linear(block, recurrence)
             return (None if entry is None else entry.map(lambda t: self._of(t, rows))), 0
         step = recurrence * self.core + j
-        needed = recurrence + 1 if self.policy.kind in ("full", "skip") and self.policy.hides else 0
-        if self.policy.compressed:
-            # Slots are re-used, so that a token shallower than the first writer never wrote this one.
-            slot = self.policy.slot(step, self.core)
-            needed = first_writer(self.policy, slot, self.core, self.attention) // self.core + 1
         place = self._place(block, recurrence)
+        needed = self._needed(place) if self.policy.hides else 0
         if self.in_place:
             return self._open(self._tail(place), rows), needed
         if self.policy.copies:  # each place holds every column, copies included
@@ -177,6 +173,14 @@ class StepPass:
             return block, recurrence
         step = recurrence * self.core + block - self.loop.core.start
         return SLOT_BLOCK, self.policy.slot(step, self.core)
+
+    def _needed(self, place: Place) -> int:
+        """Fewest recurrences of a token that has written at ``place``."""
+        block, number = place
+        # Slots are re-used, so that a token shallower than the first writer never wrote this one.
+        return 1 + (
+            first_writer(self.policy, number, self.core, self.attention) // self.core if block == SLOT_BLOCK else number
+        )
 
     def _tail(self, place: Place) -> Tail:
         """The column that this pass writes at ``place``; earlier tokens that were never there have zeros, or copies."""
@@ -293,14 +297,17 @@ class StepPass:
         """Every place with the new column, in which rows that did not come so far have zeros, or copies."""
         for place in before:
             self._tail(place)
-        for block in [self.loop.core.start + j for j in self.attention] if self.policy.copies else []:
-            donor = None
-            for recurrence in range(max(self.deepest, int(self.taken.max()))):
-                tail = self._tail((block, recurrence))
-                tail.fill(donor)
-                donor = tail
-        for tail in self.tails.values():
-            tail.fill()
+        blocks = [self.loop.core.start + j for j in self.attention]
+        for recurrence in range(max(self.deepest, int(self.taken.max())) if self.policy.copies else 0):
+            left = (self.taken <= recurrence).nonzero()[:, 0]
+            for block in blocks if len(left) else []:
+                self._tail((block, recurrence)).fill(left, self._tail((block, recurrence - 1)))
+        missing: dict[int, Tensor] = {}
+        for place, tail in self.tails.items() if not self.policy.copies else []:
+            needed = self._needed(place)
+            if needed not in missing:
+                missing[needed] = (self.taken < needed).nonzero()[:, 0]
+            tail.fill(missing[needed])
         return {place: tail.close() for place, tail in self.tails.items()}
 
     def _copied(self) -> dict[Place, LayerState]:

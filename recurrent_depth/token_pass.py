@@ -140,14 +140,16 @@ class TokenPass:
         if self.fills:
             self._fill(step)
         entries: dict[Place, LayerState] = {}
-        seen = torch.full_like(before.valid[:, 0], self.copies)
+        took = torch.zeros_like(before.valid[:, 0])
         if step in self.took:
-            seen[self.took[step]] = True
+            took[self.took[step]] = True
+        left = (~took).nonzero()[:, 0]
+        seen = torch.ones_like(took) if self.copies else took
         for place, entry in before.entries.items():
             if entry.mixer == ATTENTION:
                 tail = self._tail(place[0], step)
                 # a closed tail still shows its column
-                tail.fill(self._tail(place[0], step - 1) if self.copies and step else None)
+                tail.fill(left, self._tail(place[0], step - 1) if self.copies and step else None)
                 entries[place] = tail.close()
             else:
                 entries[place] = self.matrices.get(place, entry)

@@ -1,0 +1,56 @@
+"""The benchmark of early exits runs, counts FLOPs as the formula says, and writes its page from its numbers."""
+
+import json
+
+import pytest
+
+from latentcot.recurrent_depth.bench import Sizes, cases, main, parse
+from latentcot.recurrent_depth.bench_page import page
+
+TINY = [
+    "--rows",
+    "4",
+    "--prompt",
+    "6",
+    "--width",
+    "32",
+    "--vocab",
+    "32",
+    "--recurrences",
+    "6",
+    "--tokens",
+    "2",
+    "--repeats",
+    "1",
+]
+
+
+def test_a_dry_run_writes_numbers_and_page(tmp_path):
+    main([*TINY, "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.json", "depth.md"]
+    result = json.loads((tmp_path / "depth.json").read_text())
+    assert list(result["rows"]) == list(cases(Sizes()))
+    for name, row in result["rows"].items():
+        assert 1 < row["mean_depth"] < 6, name
+        extra = 1.4 if "copy" in name else 1.15  # filling gaps of linear mixers is no part of the formula
+        assert row["flops"] <= extra * row["formula"], name
+        assert row["of_formula"] == pytest.approx(row["exits"] / row["formula"])
+        assert sum(row["depths"]) in (4, 8)
+    written = (tmp_path / "depth.md").read_text()
+    assert written == page(result)
+    for row in result["rows"].values():
+        row["of_formula"] = 1.0
+    assert "What is not reached" not in page(result)
+
+
+def test_bad_arguments_end_with_a_sentence(capsys, tmp_path):
+    for arguments, words in (
+        (["--rows", "0"], "positive integer"),
+        (["--width", "30"], "multiple of 8"),
+        (["--out", str(tmp_path / "none")], "no folder"),
+        (["--case", "nothing"], "no name holds"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            parse(arguments)
+        assert left.value.code == 2
+        assert words in capsys.readouterr().err
