@@ -143,8 +143,8 @@ def _collect(
     from latentcot.catalog.store import CatalogError, load_records
 
     pages: dict[str, str | bytes] = {}
-    records = load_records() if records is None else records
-    pages.update(site_pages.with_papers(site_pages.api_pages(root), reverse_index(records)))
+    reference = site_pages.api_pages(root)
+    pages.update(reference)
     pages["reference/cli.md"] = site_pages.cli_page(_command())
     pages.update(site_pages.notebook_pages(rendered))
     pages.update(site_pages.results_pages(results))
@@ -160,7 +160,9 @@ def _collect(
 
     links = SiteLinks(_bibtex(), module_page, notebook_page, (settings.get("extra") or {}).get("corrections_url"))
     try:
+        records = load_records() if records is None else records
         pages.update(paper_pages(records, load_taxonomy(), load_facets(), links))
+        pages.update(site_pages.with_papers(reference, reverse_index(records)))
     except (CatalogError, ValueError) as error:
         raise SiteError(f"catalog: {error}") from None
     return pages
