@@ -11,7 +11,20 @@ from latentcot.diffusion_reasoning.carry import CARRIES, Carry, SoftMask, make_c
 from latentcot.diffusion_reasoning.confidence import CONFIDENCES, Confidence, Proposal, register_order
 from latentcot.diffusion_reasoning.corruption import Corruption, corrupt, subs_logprobs
 from latentcot.diffusion_reasoning.denoiser import BackboneDenoiser, Denoiser, as_denoiser, shift_right
+from latentcot.diffusion_reasoning.depth import (
+    DepthPoint,
+    accuracy_by_steps,
+    fixed_point_residual,
+    generate_best_length,
+)
+from latentcot.diffusion_reasoning.diffusion_checkpoint import (
+    export_published,
+    load_diffusion_checkpoint,
+    read_published_config,
+)
+from latentcot.diffusion_reasoning.diffusion_lm import DiffusionConfig, DiffusionLM
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
+from latentcot.diffusion_reasoning.likelihood import Bound, exact_bound, guided_score, loglikelihood_bound
 from latentcot.diffusion_reasoning.named_samplers import (
     ancestral,
     dream,
@@ -37,6 +50,7 @@ from latentcot.diffusion_reasoning.quota import (
     register_quota,
 )
 from latentcot.diffusion_reasoning.reasoner import MaskedDiffusion
+from latentcot.diffusion_reasoning.recipes import RECIPES, Recipe, answer_rows, find_recipe, random_length
 from latentcot.diffusion_reasoning.remasking import REMASKINGS, Remasking, ReMDM, Revise, posterior, register_remask
 from latentcot.diffusion_reasoning.samplers import DiffusionOutput, diffusion_generate, fill_block
 from latentcot.diffusion_reasoning.schedule import SCHEDULES, NoiseSchedule, sample_times
@@ -47,16 +61,21 @@ __all__ = [
     "CARRIES",
     "CONFIDENCES",
     "QUOTAS",
+    "RECIPES",
     "REMASKINGS",
     "SCHEDULES",
     "BackboneDenoiser",
     "Bernoulli",
+    "Bound",
     "Carry",
     "Confidence",
     "Corruption",
     "Cosine",
     "Denoiser",
+    "DepthPoint",
+    "DiffusionConfig",
     "DiffusionGenerationConfig",
+    "DiffusionLM",
     "DiffusionLoss",
     "DiffusionOutput",
     "Dream",
@@ -70,26 +89,39 @@ __all__ = [
     "Proposal",
     "Quota",
     "ReMDM",
+    "Recipe",
     "Remasking",
     "Revise",
     "SoftMask",
     "Threshold",
     "Trajectory",
     "Uniform",
+    "accuracy_by_steps",
     "ancestral",
+    "answer_rows",
     "as_denoiser",
     "corrupt",
     "diffusion_generate",
     "diffusion_loss",
     "dream",
     "easy_first",
+    "exact_bound",
+    "export_published",
     "fill_block",
+    "find_recipe",
     "first_hitting",
+    "fixed_point_residual",
+    "generate_best_length",
+    "guided_score",
+    "load_diffusion_checkpoint",
+    "loglikelihood_bound",
     "low_confidence",
     "make_carry",
     "named_sampler",
     "posterior",
     "quota_table",
+    "random_length",
+    "read_published_config",
     "register_order",
     "register_quota",
     "register_remask",
