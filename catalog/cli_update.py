@@ -26,12 +26,15 @@ review_app = typer.Typer(
 papers_app.add_typer(review_app, name="review")
 
 CatalogOption = Annotated[
-    Path | None, typer.Option("--catalog", help="Folder of the catalog; default the one of this checkout.")
+    Path | None,
+    typer.Option(
+        "--catalog", envvar="LATENTCOT_CATALOG", help="Folder of the catalog; default the one of this checkout."
+    ),
 ]
 ByOption = Annotated[
     str | None, typer.Option("--by", help="Who decides; default LATENTCOT_CURATOR, then git's user.name.")
 ]
-FeedOption = Annotated[str, typer.Option("--feed", help="Address of the query API.")]
+FeedOption = Annotated[str, typer.Option("--feed", envvar="LATENTCOT_FEED", help="Address of the query API.")]
 ContactOption = Annotated[
     str | None,
     typer.Option(
@@ -268,7 +271,8 @@ def review(context: typer.Context, catalog: CatalogOption = None, by: ByOption =
     from latentcot.catalog.review import curator
 
     if context.invoked_subcommand is not None:
-        if catalog is not None or by is not None:
+        given = [context.get_parameter_source(name) for name in ("catalog", "by")]
+        if any(source is not None and source.name == "COMMANDLINE" for source in given):
             raise CatalogError(f"--catalog and --by belong behind {context.invoked_subcommand!r}")
         return
     from latentcot.catalog.review_terminal import Session
