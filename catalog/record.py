@@ -8,6 +8,7 @@ known is ``null``. Closed vocabularies (leaves, facet values) live in ``taxonomy
 import json
 import re
 from datetime import date
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -27,6 +28,18 @@ Citekey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_:-]*$")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def model_post_init(self, context: Any, /) -> None:
+        # Pydantic gives every object a set of the fields that were given, which is half of a record's memory. Here all
+        # are given, always, so that one set a class is enough.
+        given = self.__pydantic_fields_set__
+        if len(given) == len(type(self).model_fields):
+            object.__setattr__(self, "__pydantic_fields_set__", _all_fields(type(self)))
+
+
+@cache
+def _all_fields(model: type[BaseModel]) -> set[str]:
+    return set(model.model_fields)
 
 
 class Ids(_Strict):
