@@ -183,7 +183,7 @@ def _officially(official: bool | None) -> str:
     return {True: "", False: " (not by the authors)", None: " (not confirmed)"}[official]
 
 
-from latentcot.catalog import cli_export, cli_relevance, cli_update  # noqa: E402, F401  # these register their commands
+from latentcot.catalog import cli_export, cli_relevance, cli_runnable, cli_update  # noqa: E402, F401  # these register
 
 
 def main() -> None:

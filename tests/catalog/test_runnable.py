@@ -1,12 +1,15 @@
 """Runnable links: every path is right, the way back from modules to papers, and modules that no record links."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from latentcot.catalog import get, load_records
 from latentcot.catalog.check import check_catalog, repository_root
+from latentcot.catalog.cli import papers_app
 from latentcot.catalog.record import Runnable
 from latentcot.catalog.runnable import module_name, papers_of, reverse_index, runnable_problems, unlinked
 from latentcot.catalog.store import write_record
@@ -197,3 +200,15 @@ def test_every_paper_that_a_module_of_methods_is_named_after_is_linked():
         if f"arXiv:{key}" in first and not known[key].runnable:
             missing.append(f"{path} implements {key}")
     assert missing == []
+
+
+def test_the_command_lists_modules_and_refuses_what_it_does_not_know():
+    runner = CliRunner()
+    found = runner.invoke(papers_app, ["runnable", "latentcot.recurrent_depth.act"])
+    assert found.exit_code == 0
+    assert "1807.03819  Universal Transformers  (tests/recurrent_depth/test_act.py)" in found.output
+    data = json.loads(runner.invoke(papers_app, ["runnable", "--json"]).output)
+    assert [entry["key"] for entry in data["latentcot.recurrent_depth.act"]] == ["1603.08983", "1807.03819"]
+    nothing = runner.invoke(papers_app, ["runnable", "latentcot.nothing"])
+    assert nothing.exit_code == 2
+    assert "latentcot.nothing" in nothing.output
