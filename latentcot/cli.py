@@ -16,7 +16,14 @@ from latentcot.catalog.cli import papers_app
 from latentcot.site import site
 
 INTERRUPTED = 130  # exit code of a program stopped by Ctrl-C
-STUDIES = ("hybrid-ratio", "mqar", "mqar-capacity", "depth", "depth-sudoku9")  # of latentcot.compare.studies
+STUDIES = (
+    "hybrid-ratio",
+    "mqar",
+    "mqar-capacity",
+    "depth",
+    "depth-sudoku9",
+    "diffusion",
+)  # of latentcot.compare.studies
 
 app = typer.Typer(
     name="latentcot",
@@ -53,7 +60,8 @@ def compare_command(
         typer.Argument(
             help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) half an hour, "
             "`mqar` (recall at the published size) minutes, `mqar-capacity` (recall against state bytes) minutes on a GPU, "
-            "`depth` (a loop against its controls) half an hour, `depth-sudoku9` (the same on 9x9 Sudoku) hours of a GPU."
+            "`depth` (a loop against its controls) half an hour, `depth-sudoku9` (the same on 9x9 Sudoku) hours of a GPU, "
+            "`diffusion` (any order against left to right) half an hour."
         ),
     ] = "quickstart",
     out: Annotated[
@@ -64,7 +72,7 @@ def compare_command(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated methods (mixers for a study) instead of the preset's."),
+        typer.Option(help="Comma-separated methods (mixers of a study, arms of `diffusion`) instead of the preset's."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="Another task instead of the preset's; for `depth`, some of its tasks.")

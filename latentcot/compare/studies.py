@@ -1,5 +1,5 @@
-"""The studies of ``latentcot compare`` (``hybrid-ratio``, ``mqar``, ``mqar-capacity``, ``depth``): run one, print its table, write its
-page."""
+"""The studies of ``latentcot compare`` (``hybrid-ratio``, ``mqar``, ``mqar-capacity``, ``depth``, ``diffusion``): run one, print its table,
+write its page."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,9 @@ from rich.markup import escape
 
 from latentcot.compare import depth_report
 from latentcot.compare.depth import default_depth, quick_depth, run_depth_study, select_tasks, sudoku9_depth
+from latentcot.compare.diffusion import default_diffusion, quick_diffusion, run_diffusion_study, select_arms
+from latentcot.compare.diffusion_report import claim_lines as diffusion_claims
+from latentcot.compare.diffusion_report import diffusion_table, write_diffusion_report
 from latentcot.compare.hybrid_ratio import default_study, quick_study, run_ratio_study
 from latentcot.compare.hybrid_ratio_report import claim_lines, terminal_table, write_ratio_report
 from latentcot.compare.mqar import default_mqar, mqar_table, quick_mqar, run_mqar_study
@@ -31,7 +34,7 @@ def run_study(
     Args:
         quick: the variant of about two minutes.
         seeds: default 2 for ``hybrid-ratio`` and ``depth``, 1 for the others.
-        mixers: instead of the study's; for ``depth`` and ``depth-sudoku9`` the tasks to run.
+        mixers: instead of the study's; for ``depth`` and ``depth-sudoku9`` the tasks to run, for ``diffusion`` the arms.
         page: folder for the page and its plots; default ``out``. ``mqar`` has none.
 
     Raises:
@@ -52,6 +55,16 @@ def run_study(
         results = run_capacity_study(capacity, out, 1 if seeds is None else seeds, jobs, console)
         written = write_capacity_report(results, page or out)
         console.print(capacity_table(results))
+        console.print(f"Page: {written.resolve()}", soft_wrap=True, highlight=False)
+        return
+    if name == "diffusion":
+        diffusion = quick_diffusion() if quick else default_diffusion()
+        diffusion = diffusion if mixers is None else select_arms(diffusion, mixers)
+        results = run_diffusion_study(diffusion, out, 1 if seeds is None else seeds, jobs, console)
+        written = write_diffusion_report(results, page or out)
+        console.print(diffusion_table(results))
+        for line in diffusion_claims(results):
+            console.print("• " + escape(line), highlight=False)
         console.print(f"Page: {written.resolve()}", soft_wrap=True, highlight=False)
         return
     if name in ("depth", "depth-sudoku9"):

@@ -1,0 +1,269 @@
+"""The diffusion study: autoregression, masked diffusion and block diffusion on two stacks, by task and number of passes.
+
+Every run is an arm (:data:`~latentcot.compare.diffusion_arms.ARMS`) on a part of the study. The arms of a part have equal parameters and
+equal time to train, so that cheaper steps are more steps; both are reported. ``latentcot compare diffusion`` runs it on a CPU; 9x9 Sudoku
+is for a GPU (:mod:`~latentcot.compare.diffusion_sudoku`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from latentcot.compare.diffusion_arms import ARMS, Sizes, make_arm, split_arm
+from latentcot.compare.diffusion_problems import Problem, SudokuProblem, TextProblem
+from latentcot.compare.diffusion_run import SCHEMA, run_arm
+from latentcot.compare.diffusion_sudoku import PRESETS
+from latentcot.compare.run import check_places, machine, run_all
+from latentcot.compare.worker import Report, read_result, write_json
+from latentcot.training import TrainConfig
+
+_BAR = 1000  # ticks of a run's progress bar: how many steps it takes is found out when it begins
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of the study.
+
+    Args:
+        name, title: in files and on the page.
+        kind: ``sudoku`` or ``text``; ``problem``: arguments of :class:`SudokuProblem` or :class:`TextProblem`.
+        arms: which run.
+        seconds: of training, each arm; ``None`` = ``train.steps`` count.
+        claim: what the part may be quoted for.
+    """
+
+    name: str
+    title: str
+    kind: Literal["sudoku", "text"]
+    problem: Mapping[str, Any]
+    train: TrainConfig
+    rows: int
+    arms: tuple[str, ...] = ARMS
+    seconds: float | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    claim: str = ""
+
+    def build(self, folder: Path, console: Console | None = None) -> Problem:
+        """The problem; puzzles are kept in ``folder``."""
+        if self.kind == "text":
+            return TextProblem(**self.problem)
+        return SudokuProblem(**self.problem, file=folder / f"{self.name}.safetensors", console=console)
+
+
+@dataclass(frozen=True)
+class DiffusionStudy:
+    parts: tuple[Part, ...]
+
+
+_SHORT = TrainConfig(steps=1, learning_rate=3e-3, final_rate=0.0, warmup_steps=50, checkpoint_every=50)
+
+
+def default_diffusion() -> DiffusionStudy:
+    """Four parts, nineteen runs: about half an hour of one CPU core."""
+    sanity, classes = PRESETS["sanity4"], PRESETS["classes4"]
+    return DiffusionStudy(
+        (
+            Part(
+                "sanity4",
+                "Sudoku 4x4, sanity split",
+                "sudoku",
+                sanity.problem,
+                sanity.train,
+                sanity.rows,
+                arms=("masked-softmax",),
+                sizes=sanity.sizes,
+                claim="Unseen clue patterns of grids that training has seen: it shows that training and sampling work, and says nothing "
+                "about reasoning.",
+            ),
+            Part(
+                "classes4",
+                "Sudoku 4x4, unseen classes",
+                "sudoku",
+                classes.problem,
+                replace(_SHORT, learning_rate=2e-3),
+                64,
+                seconds=60.0,
+                sizes=classes.sizes,
+                claim="Training has 8 of the 12 classes of grids up to relabelling, the test the other 4. Under all symmetries there are "
+                "two classes only, so this too is no claim about reasoning.",
+            ),
+            Part(
+                "countdown",
+                "Countdown, 3 numbers",
+                "text",
+                {
+                    "name": "countdown",
+                    "options": {"min_difficulty": 3, "max_difficulty": 3, "largest": 9, "bound": 50},
+                    "examples": 20_000,
+                    "test": 500,
+                    "block": 6,
+                },
+                _SHORT,
+                64,
+                seconds=60.0,
+                sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
+                claim="Numbers and targets of the test were not seen together in training; any expression that reaches the target counts.",
+            ),
+            Part(
+                "chain",
+                "Chains of equations, 1 to 4 operations",
+                "text",
+                {
+                    "name": "chain",
+                    "options": {"max_difficulty": 4, "modulus": 7, "distractors": 0, "variables": 8},
+                    "examples": 20_000,
+                    "test": 250,
+                    "block": 4,
+                },
+                _SHORT,
+                64,
+                seconds=60.0,
+                sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
+                claim="The steps are written, then the answer, modulo 7; lines of the prompt are in random order.",
+            ),
+        )
+    )
+
+
+def quick_diffusion() -> DiffusionStudy:
+    """Two parts, a few seconds a run: shows that everything runs and claims nothing."""
+    parts = [
+        replace(
+            part,
+            problem={**part.problem, "test": 40, **({"puzzles": 200} if part.kind == "sudoku" else {})},
+            train=replace(_SHORT, warmup_steps=5),
+            rows=16,
+            seconds=3.0,
+            arms=("autoregressive-softmax", "masked-softmax", "masked-hybrid", "block-softmax"),
+        )
+        for part in default_diffusion().parts
+        if part.name in ("classes4", "chain")
+    ]
+    return DiffusionStudy(tuple(parts))
+
+
+def select_arms(study: DiffusionStudy, arms: Sequence[str]) -> DiffusionStudy:
+    """The study with these arms alone, in the parts that have them. ``ValueError`` for an unknown one."""
+    for arm in arms:
+        split_arm(arm)
+    parts = [replace(part, arms=tuple(arm for arm in part.arms if arm in arms)) for part in study.parts]
+    return DiffusionStudy(tuple(part for part in parts if part.arms))
+
+
+@dataclass(frozen=True)
+class DiffusionJob:
+    """One run: an arm on a part, a seed."""
+
+    part: Part
+    arm: str
+    seed: int
+    folder: Path
+    puzzles: Path
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.part.name}-{self.arm}-seed{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        return _BAR
+
+    def identity(self) -> dict[str, Any]:
+        """What the result is the result of."""
+        part = {k: v for k, v in asdict(self.part).items() if k not in ("title", "claim", "arms")}
+        unimportant = ("checkpoint_every", "log_every", "seed", *(() if self.part.seconds is None else ("steps",)))
+        part["train"] = {k: v for k, v in part["train"].items() if k not in unimportant}
+        return json.loads(json.dumps({"part": part, "arm": self.arm, "seed": self.seed}))
+
+
+def run_diffusion_job(job: DiffusionJob, report: Report | None = None) -> dict[str, Any]:
+    """Train (or go on training), measure, write and return the result."""
+    if (finished := read_result(job.folder, job.name, job.identity(), SCHEMA)) is not None:
+        return finished
+    torch.set_num_threads(job.threads)
+    say = report or (lambda *_: None)
+
+    def watch(step: int, of: int, loss: float, _: str) -> None:
+        tick = _BAR * step // of // 10 * 10
+        if step == of or tick != _BAR * (step - 1) // of // 10 * 10:
+            say(job.name, tick, _BAR, f"step {step} of {of}, loss {loss:.3f}")
+
+    _, found = run_arm(
+        job.part.build(job.puzzles),
+        job.arm,
+        job.part.sizes,
+        replace(job.part.train, seed=job.seed),
+        job.part.rows,
+        job.folder,
+        seconds=job.part.seconds,
+        watch=watch,
+    )
+    result = {**found, "identity": job.identity(), "part": job.part.name, "name": job.name}
+    write_json(job.folder / "result.json", result)
+    (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    return result
+
+
+def check_study(study: DiffusionStudy, seeds: int) -> None:
+    """Find what can be wrong with a study before anything runs. Raises ``ValueError``."""
+    if seeds < 1:
+        raise ValueError(f"seeds: at least 1 is needed, got {seeds}")
+    if not study.parts:
+        raise ValueError("parts: a study needs at least one")
+    for part in study.parts:
+        if not part.arms:
+            raise ValueError(f"arms: part {part.name!r} has none")
+        for arm in part.arms:
+            split_arm(arm)
+
+
+def run_diffusion_study(
+    study: DiffusionStudy, out: Path, seeds: int = 1, jobs: int | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Run what is not finished yet and write ``results.json``; run it again with the same folder and it goes on.
+
+    Args:
+        seeds: training seeds 0 .. seeds - 1 of every arm.
+        jobs: runs side by side; default one a core, of one thread each.
+
+    Raises:
+        ValueError: a study that can not be run, or a damaged or foreign file in ``out``.
+    """
+    check_study(study, seeds)
+    cores, jobs = check_places(out, jobs)
+    console = console or Console()
+    puzzles = out / "puzzles"
+    problems = {part.name: part.build(puzzles, console) for part in study.parts}
+    for part in study.parts:
+        problem = problems[part.name]
+        for arm in part.arms:
+            make_arm(arm, part.sizes, problem.vocab_size, problem.length, problem.block)
+    threads = max(1, cores // jobs)
+    planned = [
+        DiffusionJob(part, arm, seed, out / "runs" / f"{part.name}-{arm}-seed{seed}", puzzles, threads)
+        for seed in range(seeds)
+        for part in study.parts
+        for arm in part.arms
+    ]
+    done = [read_result(job.folder, job.name, job.identity(), SCHEMA) for job in planned]
+    results = {job.name: found for job, found in zip(planned, done, strict=True) if found is not None}
+    if results:
+        console.print(f"{len(results)} of {len(planned)} runs are finished already in {out}")
+    results |= run_all([job for job in planned if job.name not in results], run_diffusion_job, jobs, console)
+    summary = {
+        "schema": SCHEMA,
+        "seeds": seeds,
+        "parts": [{**asdict(part), "baselines": problems[part.name].baselines()} for part in study.parts],
+        "machine": machine(cores, jobs),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "runs": [results[job.name] for job in planned],
+    }
+    write_json(out / "results.json", summary)
+    return json.loads((out / "results.json").read_text())

@@ -1,0 +1,139 @@
+"""The diffusion study: a tiny one runs, goes on and writes its page; what the page claims follows from the figures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from latentcot.compare.diffusion import (
+    DiffusionStudy,
+    Part,
+    default_diffusion,
+    quick_diffusion,
+    run_diffusion_study,
+    select_arms,
+)
+from latentcot.compare.diffusion_arms import ARMS, SAMPLERS, Sizes
+from latentcot.compare.diffusion_report import (
+    Cell,
+    best,
+    cells,
+    claim_lines,
+    diffusion_page,
+    diffusion_table,
+    grids9_lines,
+    order_line,
+    write_diffusion_report,
+)
+from latentcot.training import TrainConfig
+
+TRAIN = TrainConfig(steps=2, learning_rate=2e-3, warmup_steps=1)
+TINY = DiffusionStudy(
+    (
+        Part(
+            "classes4",
+            "Sudoku 4x4",
+            "sudoku",
+            {
+                "task": {"size": 4, "blanks": 8, "fewest_blanks": 4, "split_by": "grid"},
+                "puzzles": 20,
+                "test": 5,
+                "test_blanks": (4, 8),
+            },
+            TRAIN,
+            4,
+            arms=("autoregressive-softmax", "masked-softmax"),
+            sizes=Sizes(layers=2, width=16, heads=2, mlp_width=32),
+            claim="None.",
+        ),
+    )
+)
+
+
+def test_a_tiny_study_runs_goes_on_and_writes_its_page(tmp_path):
+    found = run_diffusion_study(TINY, tmp_path / "out", jobs=1)
+    result = tmp_path / "out/runs/classes4-masked-softmax-seed0/result.json"
+    stamp = result.stat().st_mtime_ns
+    assert run_diffusion_study(TINY, tmp_path / "out", jobs=1)["runs"] == found["runs"]
+    assert result.stat().st_mtime_ns == stamp
+    assert found["parts"][0]["baselines"].keys() == {"4 blanks", "8 blanks"}
+    grids9 = {
+        **found["runs"][1],
+        "machine": {"device": "a GPU", "torch": "2"},
+        "written": "2026-01-01 00:00:00",
+        "solved": {"54 blanks": found["runs"][1]["solved"]["4 blanks"]},
+        "baselines": {"54 blanks": {"look-up": 0.25}},
+    }
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion/grids9-masked-softmax.json").write_text(json.dumps(grids9))
+    text = write_diffusion_report(found, tmp_path).read_text()
+    assert "| masked-softmax | confidence | 6.0 |" in text  # 4 and 8 passes
+    assert "| masked-softmax | all at once | 1.0 |" in text
+    assert "*look-up*" in text
+    assert "look-up baseline solves 0.250" in text
+    for name in ("classes4", "grids9"):
+        assert (tmp_path / f"diffusion/{name}.png").stat().st_size > 1000
+    assert diffusion_table(found).row_count == 2
+    with pytest.raises(ValueError, match="another configuration"):
+        run_diffusion_study(DiffusionStudy((replace(TINY.parts[0], rows=5),)), tmp_path / "out", jobs=1)
+
+
+def run_of(arm, exact, nfe=4.0):
+    samplers = ("left to right",) if arm.startswith("auto") else tuple(SAMPLERS)
+    row = {"exact": exact, "nfe": nfe, "items": 100}
+    return {"part": "p", "arm": arm, "seed": 0, "solved": {"a": dict.fromkeys(samplers, row)}}
+
+
+@pytest.mark.parametrize(
+    ("causal", "masked", "verdict"),
+    [
+        (0.2, 0.9, "any order wins by 70.0 points"),
+        (0.9, 0.2, "left to right wins by 70.0 points"),
+        (0.5, 0.55, "no difference beyond twice its standard error of 0.071"),
+    ],
+)
+def test_whoever_wins_is_named(causal, masked, verdict):
+    runs = [run_of("autoregressive-softmax", causal), run_of("masked-softmax", masked)]
+    results = {"runs": runs, "parts": [{"name": "p", "title": "P"}], "seeds": 1}
+    assert verdict in claim_lines(results)[0]
+    assert order_line(cells({"runs": runs[:1]}, "p"), "P") is None
+
+
+def test_the_best_sampler_is_the_most_right_and_then_the_cheapest():
+    made = [
+        Cell("p", "masked-softmax", name, {"a": exact}, nfe, 10, 1)
+        for name, exact, nfe in (("x", 0.5, 1), ("y", 0.7, 9), ("z", 0.7, 3))
+    ]
+    found = best(made, "masked")
+    assert found is not None
+    assert found.sampler == "z"
+    assert best(made, "block") is None
+
+
+def test_the_default_study_has_every_arm_on_every_task():
+    study = default_diffusion()
+    assert [part.name for part in study.parts] == ["sanity4", "classes4", "countdown", "chain"]
+    assert all(part.arms == ARMS for part in study.parts[1:])
+    assert len({part.seconds for part in study.parts[1:]}) == 1
+    assert len(quick_diffusion().parts) == 2
+    assert [p.arms for p in select_arms(study, ["masked-softmax"]).parts] == [("masked-softmax",)] * 4
+    with pytest.raises(ValueError, match="arm: 'masked' given"):
+        select_arms(study, ["masked"])
+
+
+def test_without_a_gpu_the_page_says_how_to_run_it():
+    assert any("Not run here" in line for line in grids9_lines([], "diffusion"))
+    results = {
+        "parts": [], "runs": [], "seeds": 1, "finished": "2026-01-01",
+        "machine": {"system": "Linux", "torch": "2"},
+    }  # fmt: skip
+    assert "diffusion_sudoku --preset grids9" in diffusion_page(results, [])
+
+
+def test_studies_that_can_not_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="seeds: at least 1"):
+        run_diffusion_study(TINY, tmp_path, seeds=0)
+    with pytest.raises(ValueError, match="parts"):
+        run_diffusion_study(DiffusionStudy(()), tmp_path)
+    with pytest.raises(ValueError, match="arms: part 'classes4' has none"):
+        run_diffusion_study(DiffusionStudy((replace(TINY.parts[0], arms=()),)), tmp_path)
