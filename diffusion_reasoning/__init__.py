@@ -6,9 +6,24 @@ positions, R rows of one pass. Time runs from 0 (clean) to 1 (all masked). NFE =
 ``README.md`` here.
 """
 
+from latentcot.diffusion_reasoning.block_diffusion import (
+    BlockDiffusion,
+    BlockDiffusionModel,
+    BlockState,
+    block_diffusion_loss,
+    block_generate,
+)
 from latentcot.diffusion_reasoning.block_plan import quota_table
 from latentcot.diffusion_reasoning.carry import CARRIES, Carry, SoftMask, make_carry
 from latentcot.diffusion_reasoning.confidence import CONFIDENCES, Confidence, Proposal, register_order
+from latentcot.diffusion_reasoning.convert import (
+    ConvertedModel,
+    MaskAnnealing,
+    ar_to_diffusion,
+    causal_loss,
+    conversion_loss,
+)
+from latentcot.diffusion_reasoning.convert_blocks import BlockGrowth, ar_to_block_diffusion
 from latentcot.diffusion_reasoning.corruption import Corruption, corrupt, subs_logprobs
 from latentcot.diffusion_reasoning.denoiser import BackboneDenoiser, Denoiser, as_denoiser, shift_right
 from latentcot.diffusion_reasoning.depth import (
@@ -34,6 +49,8 @@ from latentcot.diffusion_reasoning.named_samplers import (
     named_sampler,
 )
 from latentcot.diffusion_reasoning.objective import DiffusionLoss, diffusion_loss
+from latentcot.diffusion_reasoning.policy import DiffuGRPO
+from latentcot.diffusion_reasoning.policy_estimators import Coupled, Elbo, OneStep, PathProbability, Rollout
 from latentcot.diffusion_reasoning.quota import (
     QUOTAS,
     Bernoulli,
@@ -66,13 +83,20 @@ __all__ = [
     "SCHEDULES",
     "BackboneDenoiser",
     "Bernoulli",
+    "BlockDiffusion",
+    "BlockDiffusionModel",
+    "BlockGrowth",
+    "BlockState",
     "Bound",
     "Carry",
     "Confidence",
+    "ConvertedModel",
     "Corruption",
     "Cosine",
+    "Coupled",
     "Denoiser",
     "DepthPoint",
+    "DiffuGRPO",
     "DiffusionConfig",
     "DiffusionGenerationConfig",
     "DiffusionLM",
@@ -80,18 +104,23 @@ __all__ = [
     "DiffusionOutput",
     "Dream",
     "EasyFirst",
+    "Elbo",
     "EntropyBudget",
     "Factor",
     "FirstHitting",
+    "MaskAnnealing",
     "MaskedDiffusion",
     "NoiseSchedule",
+    "OneStep",
     "PassView",
+    "PathProbability",
     "Proposal",
     "Quota",
     "ReMDM",
     "Recipe",
     "Remasking",
     "Revise",
+    "Rollout",
     "SoftMask",
     "Threshold",
     "Trajectory",
@@ -99,7 +128,13 @@ __all__ = [
     "accuracy_by_steps",
     "ancestral",
     "answer_rows",
+    "ar_to_block_diffusion",
+    "ar_to_diffusion",
     "as_denoiser",
+    "block_diffusion_loss",
+    "block_generate",
+    "causal_loss",
+    "conversion_loss",
     "corrupt",
     "diffusion_generate",
     "diffusion_loss",

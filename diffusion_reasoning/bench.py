@@ -109,12 +109,18 @@ def build(stack: str, settings: argparse.Namespace) -> BlockDiffusionModel:
 
 
 @torch.no_grad()
-def read_context(model: BlockDiffusionModel, context: int, settings: argparse.Namespace) -> BlockState:
-    """The state behind ``context`` tokens; a pure linear model reads all of them, keys and values are copied from a short past."""
+def read_context(
+    model: BlockDiffusionModel, context: int, settings: argparse.Namespace, shorter: BlockState | None = None
+) -> BlockState:
+    """The state behind ``context`` tokens; a pure linear model reads all of them, going on from a ``shorter`` context where one is given;
+    keys and values are copied from a short past."""
     linear = "attention" not in model.backbone.config.mixers
     read = context if linear else min(context, READ)
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(7, VOCAB, (settings.rows, read), generator=generator).to(settings.device)
+    if linear and shorter is not None and shorter.lengths is not None:
+        done = int(shorter.lengths[0])
+        return model.commit(ids[:, done:], shorter)
     state = model.commit(ids, model.init_state(settings.rows))
     if read == context:
         return state
@@ -144,9 +150,9 @@ def measure(settings: argparse.Namespace, console: Console) -> list[dict[str, An
     with Progress(console=console, disable=not console.is_terminal) as bar:
         reading = bar.add_task("reading contexts", total=len(STACKS) * len(settings.contexts))
         for stack in STACKS:
-            model = build(stack, settings)
+            model, state = build(stack, settings), None
             for context in settings.contexts:
-                state = read_context(model, context, settings)
+                state = read_context(model, context, settings, state)
                 cases.append((stack, context, model, state, [], []))
                 model.denoise(noisy, state)  # compiles and warms up
                 model.commit(clean, state)

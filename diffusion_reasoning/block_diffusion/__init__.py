@@ -12,9 +12,11 @@ from latentcot.diffusion_reasoning.block_diffusion.objective import (
     corrupt_blocks,
     least_variance_interval,
 )
+from latentcot.diffusion_reasoning.block_diffusion.reasoner import BlockDiffusion
 from latentcot.diffusion_reasoning.block_diffusion.sampler import block_generate
 
 __all__ = [
+    "BlockDiffusion",
     "BlockDiffusionLoss",
     "BlockDiffusionModel",
     "BlockState",
