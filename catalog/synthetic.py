@@ -5,12 +5,15 @@ frequencies of words are those of the field; names, venues and topics are drawn 
 measuring only and are never written into the catalog.
 """
 
+import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latentcot.catalog.names import base_citekey, unique_citekey
-from latentcot.catalog.record import Author, Ids, Link, PartialDate, Record, Source, dump_record
+from latentcot.catalog.record import Author, Ids, Link, PartialDate, Record, Source, dump_fast
 from latentcot.catalog.store import CatalogError, load_records
 from latentcot.catalog.text import normal_title, without_name
 
@@ -61,11 +64,23 @@ def synthetic_records(count: int, seed: int = 0, base: Sequence[Record] | None =
 
 
 def write_synthetic(folder: Path, count: int, seed: int = 0) -> None:
-    """Write synthetic records as the catalog keeps them: ``folder/<yymm>/<key>.json``."""
-    for record in synthetic_records(count, seed):
-        place = folder / record.key[:4]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{record.key}.json").write_text(dump_record(record), encoding="utf-8")
+    """Write synthetic records as the catalog keeps them: ``folder/<yymm>/<key>.json``.
+
+    The folder must not be there; it is written under another name and renamed when it is whole.
+    """
+    if folder.exists():
+        raise CatalogError(f"{folder} is there already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        for record in synthetic_records(count, seed):
+            place = new / record.key[:4]
+            place.mkdir(exist_ok=True)
+            (place / f"{record.key}.json").write_bytes(dump_fast(record))
+        os.replace(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def _place(number: int) -> tuple[int, int, int]:
