@@ -10,6 +10,7 @@
 from latentcot.recurrent_depth.act import UniversalTransformer
 from latentcot.recurrent_depth.cotformer import CoTFormer
 from latentcot.recurrent_depth.depth_recurrence import DepthRecurrence
+from latentcot.recurrent_depth.example_queue import ExampleQueue
 from latentcot.recurrent_depth.exit_rule import ExitRule
 from latentcot.recurrent_depth.gradient_window import GradientWindow
 from latentcot.recurrent_depth.huginn import (
@@ -35,6 +36,7 @@ from latentcot.recurrent_depth.readout import Readout
 from latentcot.recurrent_depth.retrofit import Cut, retrofit
 from latentcot.recurrent_depth.step_cache import StepCache
 from latentcot.recurrent_depth.step_sampler import StepSampler
+from latentcot.recurrent_depth.wavefront import Wavefront, WavefrontOutput, wavefront_generate
 
 __all__ = [
     "HUGINN_STOP",
@@ -44,6 +46,7 @@ __all__ = [
     "Cut",
     "DepthLoop",
     "DepthRecurrence",
+    "ExampleQueue",
     "ExitRule",
     "GradientWindow",
     "HuginnShape",
@@ -59,6 +62,8 @@ __all__ = [
     "StepCache",
     "StepSampler",
     "UniversalTransformer",
+    "Wavefront",
+    "WavefrontOutput",
     "build_huginn",
     "diagnose",
     "export_huginn",
@@ -71,4 +76,5 @@ __all__ = [
     "self_speculative_generate",
     "state_rms",
     "token_correlation",
+    "wavefront_generate",
 ]

@@ -170,7 +170,7 @@ class _Run:
         """After a pass that read backlog and guesses: keep the state behind the kept ones. Keys and values are cut; the state
         of a linear mixer can not be, so the kept tokens wait to be read again from the one before."""
         if kept == len(guesses) or self.crops:
-            self.state = _cut(state, len(guesses) - kept) if self.crops else state
+            self.state = cut_columns(state, len(guesses) - kept) if self.crops else state
             self.backlog = [extra]  # where the answer ended on a guess, nothing is read any more
             return
         self.backlog = [*self.backlog, *guesses[:kept], extra]
@@ -179,7 +179,7 @@ class _Run:
             self.backlog = self.backlog[-1:]
 
 
-def _cut(state: ModelState, columns: int) -> ModelState:
+def cut_columns(state: ModelState, columns: int) -> ModelState:
     """``state`` of attention alone without its last ``columns`` real tokens."""
     if not columns:
         return state

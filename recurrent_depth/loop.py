@@ -271,7 +271,7 @@ class DepthLoop(Reasoner):
                 "record, read with a fixed number of recurrences, or take a step_cache that allows gaps ('latest', 'skip')"
             )
         if ragged:
-            self._check_policy(policy, state, cu_seqlens, record)
+            self.check_policy(policy, state, cu_seqlens, record)
         if outside := [b for b in record if not self.core.start <= b < self.core.stop]:
             raise ValueError(
                 f"record: blocks {outside} given, but the core is blocks {self.core.start}..{self.core.stop - 1}"
@@ -325,9 +325,14 @@ class DepthLoop(Reasoner):
                 f"state: it was made with {stored} recurrences, so it can not be continued with {recurrences}"
             )
 
-    def _check_policy(
-        self, policy: StepCache, state: ModelState | None, cu_seqlens: Tensor | None, record: tuple[int, ...]
+    def check_policy(
+        self,
+        policy: StepCache,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        record: tuple[int, ...] = (),
     ) -> None:
+        """``ValueError`` where a look-up rule does not go together with this loop, a state or what else a pass is asked for."""
         if cu_seqlens is not None or record:
             raise ValueError(f"step_cache: {policy.kind!r} keeps no state of packed sequences and records no blocks")
         options = self.backbone.config.attention
