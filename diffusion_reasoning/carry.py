@@ -81,13 +81,17 @@ class SoftMask(Carry):
     def share(self, logits: Tensor) -> Tensor:
         r""":math:`\lambda`, ``[n]``: near s where the prediction is certain, falling with its entropy."""
         logprobs = logits.log_softmax(-1)
-        entropy = -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(-1)
+        finite = logprobs > -torch.inf  # replaced before the product: its gradient at minus infinity is no number
+        logprobs = torch.where(finite, logprobs, 0.0)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
         return self.scale.sigmoid() * torch.sigmoid(F.softplus(self.slope) * (F.softplus(self.centre) - entropy))
 
     def forward(self, mask_embedding: Tensor, logits: Tensor, hidden: Tensor, table: Tensor) -> Tensor:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.k is None:
-            mixed = (precise / self.log_temperature.exp()).softmax(-1).to(table.dtype) @ table
+            finite = precise > -torch.inf
+            tempered = torch.where(finite, precise, 0.0) / self.log_temperature.exp()
+            mixed = tempered.masked_fill(~finite, -torch.inf).softmax(-1).to(table.dtype) @ table
         else:
             best = precise.topk(min(self.k, precise.shape[-1]), -1)
             mixed = (best.values.softmax(-1)[..., None].to(table.dtype) * table[best.indices]).sum(-2)

@@ -81,7 +81,8 @@ class BackboneDenoiser:
         assert isinstance(weight, Tensor)
         table = weight * self.backbone.config.embedding_scale
         chosen = hidden[positions]
-        logits = self.backbone.lm_head(chosen)
+        with torch.no_grad():  # what is carried has a gradient through the mixture, not through the pass before
+            logits = self.backbone.lm_head(chosen)
         logits = logits.masked_fill(torch.arange(logits.shape[-1], device=z.device) == mask_id, -torch.inf)
         return self.carry(table[mask_id], logits, chosen, table)
 

@@ -30,8 +30,8 @@ class Trajectory:
     that the step predicted, revealed or not (elsewhere what is there); ``confidence``, ``entropy`` (nats) and
     ``margin`` ``[k, B, L]`` fp16 of that prediction, NaN where there was none (margin: likeliest minus second);
     ``revealed_at [B, L]`` int16: step of the last reveal, -1 for given positions; ``n_flips [B, L]`` int16: how often a
-    revealed token went back to the mask; ``correct_early [B]`` int32: first step at which ``pred`` equals the final
-    canvas at every maskable position; ``n_masked``, ``nfe [k, B]``: masks left and passes so far; ``flops [B]``: of all
+    revealed token went back to the mask; ``correct_early [B]`` int32: first step after which every maskable position
+    holds its final token or, while masked, is predicted so; ``n_masked``, ``nfe [k, B]``: masks left and passes so far; ``flops [B]``: of all
     passes (NaN where the network can not be counted); ``layers``: blocks of one pass (0 where unknown); ``seconds [k]``
     since the start; ``maskable``, ``real [B, L]``; ``mask_id``; with ``record="full"`` ``topk_ids`` int32 and
     ``topk_logp`` fp16 ``[k, B, L, K]``.
@@ -71,9 +71,9 @@ class Trajectory:
         return self.layers * self.nfe[-1] if self.n_steps else torch.zeros(self.maskable.shape[0], dtype=torch.int32)
 
     def settled(self) -> Tensor:
-        """Share of maskable positions whose prediction is already the final one, ``[k, B]``: is the answer decided
-        before it is revealed? NaN for rows without a maskable position."""
-        same = (self.pred == self.final) & self.maskable
+        """Share of maskable positions where the final token stands, or is predicted while the mask stands, ``[k, B]``: is
+        the answer decided before it is revealed? 1 in the last step; NaN for rows without a maskable position."""
+        same = (_thought(self.tokens, self.pred, self.mask_id) == self.final) & self.maskable
         return same.sum(2) / self.maskable.sum(1)
 
     def kendall_tau(self) -> Tensor:
@@ -115,6 +115,11 @@ class Trajectory:
             return cls(**tensors, **plain)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} holds no trajectory ({error})") from error
+
+
+def _thought(tokens: Tensor, pred: Tensor, mask_id: int) -> Tensor:
+    """What stands at each position, or what the network would write where the mask stands."""
+    return torch.where(tokens == mask_id, pred, tokens)
 
 
 class Recorder:
@@ -189,7 +194,8 @@ class Recorder:
         else:
             self.steps["tokens"][-1] = final
             stacked = {name: torch.stack(values) for name, values in self.steps.items()}
-        agrees = ((stacked["pred"] == final) | ~self.maskable).all(2)
+        thought = _thought(stacked["tokens"], stacked["pred"], self.mask_id)
+        agrees = ((thought == final) | ~self.maskable).all(2)
         count = torch.arange(len(self.seconds))[:, None]
         early = torch.where(agrees, count, len(self.seconds)).amin(0) if len(self.seconds) else torch.zeros(batch)
         flops, layers = torch.full((batch,), torch.nan, dtype=torch.float64), 0

@@ -21,6 +21,9 @@ from latentcot.diffusion_reasoning import (
     Uniform,
     ancestral,
     diffusion_generate,
+    dream,
+    easy_first,
+    first_hitting,
     low_confidence,
     posterior,
     quota_table,
@@ -57,6 +60,15 @@ SAMPLERS = {
     "ancestral_cosine": ancestral(6, schedule=NoiseSchedule("cosine_complement")),
     "remdm": ancestral(12, remask=ReMDM(0.1)),
     "max_nfe": low_confidence(max_nfe=3),
+    "factor": low_confidence(factor=1.0),
+    "entropy_budget": low_confidence(quota="entropy_budget", order="neg_entropy", entropy_budget=2.0),
+    "first_hitting": first_hitting(),
+    "dream_origin": dream(steps=8, alg="origin", temperature=0.8),
+    "dream_entropy": dream(steps=8, alg="entropy", alg_temp=0.3, temperature=0.5),
+    "easy_first": easy_first(steps=5),
+    "remdm_conf": ancestral(8, remask="conf"),
+    "remdm_loop": ancestral(12, remask="loop", schedule=NoiseSchedule(eps=0.0)),
+    "guided": low_confidence(steps=4, guidance=0.5, confidence_eos_eot_inf=True),
 }
 
 
