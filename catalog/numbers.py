@@ -1,13 +1,11 @@
 """The numbers of ``papers stats``: what the catalog holds and how the curation goes."""
 
 from collections import Counter
-from datetime import date
-from statistics import median
 from typing import Any
 
-from latentcot.catalog.enrich.health import read_health
 from latentcot.catalog.queue_store import Decision, Folders, read_decisions, read_queue
 from latentcot.catalog.record import Record
+from latentcot.catalog.statistics import link_health, listing_time
 from latentcot.catalog.update.queries import read_watermarks
 
 
@@ -16,7 +14,7 @@ def numbers(folders: Folders) -> dict[str, dict[str, Any]]:
     records = folders.records()
     decisions = list(read_decisions(folders).values())
     queue = read_queue(folders)
-    health = read_health(folders)
+    links = link_health(records, folders)
     return {
         "records": _records(records),
         "filed": dict(sorted(Counter(record.taxonomy.status for record in records).items())),
@@ -26,11 +24,7 @@ def numbers(folders: Folders) -> dict[str, dict[str, Any]]:
             "oldest": min((item.published[:10] for item in queue.values()), default=None),
         },
         "decisions": _decisions(decisions),
-        "links": {
-            "links": sum(len(record.links) for record in records),
-            "failing": len(health),
-            "dead": sum(1 for failure in health.values() if failure.dead),
-        },
+        "links": {"links": links.links, "checked": links.checked, "failing": links.failing, "dead": links.dead},
         "read until": {name: mark.until for name, mark in read_watermarks(folders.watermarks).items()}
         or {"any query": None},
     }
@@ -53,16 +47,12 @@ def _records(records: list[Record]) -> dict[str, Any]:
 def _decisions(decisions: list[Decision]) -> dict[str, Any]:
     accepted = [decision for decision in decisions if decision.verdict == "accepted"]
     rejected = [decision for decision in decisions if decision.verdict == "rejected"]
-    days = [
-        (date.fromisoformat(decision.date) - date.fromisoformat(decision.candidate.published[:10])).days
-        for decision in accepted
-    ]
     return {
         "accepted": len(accepted),
         "rejected": len(rejected),
         # Precision of what the updater proposes, as a curator sees it.
         "accepted share": round(len(accepted) / len(decisions), 3) if decisions else None,
-        "median days from submission to listing": median(days) if days else None,
+        "median days from submission to listing": listing_time(decisions).median,
         **{
             f"rejected: {reason}": number
             for reason, number in sorted(Counter(d.reason for d in rejected if d.reason).items())

@@ -19,6 +19,7 @@ from latentcot.catalog.record import Day, Record, Text, Url, _Strict, dump_json
 from latentcot.catalog.store import CatalogError, explain, write_atomic
 
 ROUND = 30
+NOTED_AGAIN = 90  # days after which a record notes anew that a link works: a day of checks is not a day of diffs
 KEPT = 5
 ARCHIVE_API = "https://archive.org/wayback/available"
 # The API says whether arXiv's own pages exist; publishers answer programs with 403 whatever is there.
@@ -107,6 +108,18 @@ def look_at(url: str, table: dict[str, Failure], web: Web, today: str, *, archiv
     if failure.dead and failure.archived is None:
         failure = failure.model_copy(update={"archived": _archived(url, web, archive)})
     table[url] = failure
+
+
+def checked(record: Record, working: set[str], today: date) -> Record:
+    """``record`` with today's date at the links that work, unless a date of the last ninety days is there already."""
+    links = [
+        link.model_copy(update={"checked": today.isoformat()})
+        if link.url in working
+        and (link.checked is None or (today - date.fromisoformat(link.checked)).days >= NOTED_AGAIN)
+        else link
+        for link in record.links
+    ]
+    return record if links == record.links else record.model_copy(update={"links": links})
 
 
 def _archived(url: str, web: Web, archive: str) -> str | None:

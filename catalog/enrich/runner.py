@@ -6,7 +6,7 @@ from datetime import date
 
 from latentcot.catalog.acceptance import writing
 from latentcot.catalog.enrich.code import README_HOST, TRACKER_API, enrich_code
-from latentcot.catalog.enrich.health import ARCHIVE_API, due, look_at, read_health, write_health
+from latentcot.catalog.enrich.health import ARCHIVE_API, checked, due, look_at, read_health, write_health
 from latentcot.catalog.enrich.web import SpentError, Web
 from latentcot.catalog.queue_store import Folders
 from latentcot.catalog.record import Record, dump_record
@@ -72,6 +72,7 @@ def run_health(
     known = {link.url for record in folders.records() for link in record.links}
     table = {url: failure for url, failure in table.items() if url in known}
     urls = due(records, table, today, everything=everything)
+    working: set[str] = set()
     for done, url in enumerate(urls):
         progress(done, len(urls))
         try:
@@ -83,9 +84,16 @@ def run_health(
             report.problems.append(f"links: {url[:120]}: {type(error).__name__}: {error}")
             continue
         report.looked_at += 1
+        if url not in table:
+            working.add(url)
     report.dead = sorted(url for url, failure in table.items() if failure.dead)
     with writing(folders):
         write_health(folders, table)
+        for record in records:
+            path = folders.record_file(record.key) if any(link.url in working for link in record.links) else None
+            if path is not None:  # read again: somebody may have edited it
+                current = parse_record(path.read_bytes(), path.name)
+                write_atomic(path, dump_record(checked(current, working, today)))
 
 
 def isolated(name: str, report: EnrichReport, run: Callable[[], None]) -> None:

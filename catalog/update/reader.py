@@ -2,8 +2,8 @@
 
 The window ``[start, end]`` is asked for ascending by submission. ``start`` of the next page advances by what arrived, not by what was
 asked. An empty page is the end only behind the announced total; before it, the same place is asked for again with growing waits and
-smaller pages. A page that stays unreadable is cut down until the entry that spoils it stands alone and can be skipped, which makes the
-window incomplete. A window is complete when as many different papers arrived as the feed announced.
+smaller pages. A page that stays unreadable is asked for in smaller and smaller parts; where even one entry cannot be had, the window
+stays incomplete and what came before it counts. A window is complete when as many different papers arrived as the feed announced.
 """
 
 from collections.abc import Callable

@@ -60,11 +60,12 @@ class RelevanceScorer:
         ]
         if not leaves and found.leaf in slugs:
             leaves = [Proposal(leaf=found.leaf, probability=None)]
-        reasons = [" ".join(str(reason).split())[:200] for reason in found.reasons]
+        reasons = [" ".join(str(reason).split())[:200] for reason in found.reasons][:6]
+        reasons += [f"like {near.key} ({near.cosine:.2f})" for near in found.nearest[:2]]
         return Score(
             probability=_rounded(found.probability),
             leaves=leaves[:3],
-            reasons=[reason for reason in reasons if reason][:8],
+            reasons=[reason for reason in reasons if reason],
             scorer=self.name,
         )
 

@@ -7,7 +7,7 @@ from latentcot.catalog.queue_store import Candidate
 from latentcot.catalog.update.report import QueryLine, UpdateReport
 
 SHOWN = 200
-_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+!|~<>&$^=-]")
+_MARKDOWN = re.compile(r"[\\`*_\[\]#!|~<>&$^]")
 
 
 def harmless(text: str, limit: int = 300) -> str:
@@ -15,7 +15,7 @@ def harmless(text: str, limit: int = 300) -> str:
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     text = _MARKDOWN.sub(lambda match: f"&#{ord(match.group())};", html.unescape(" ".join(text.split())))
     # A word joiner is invisible; behind it "@name", "www." and "https://" mean nothing to the site that shows the summary.
-    return re.sub(r"(@|://|www\.|&#35;|GH&#45;)", "\\1\u2060", text)
+    return re.sub(r"(@|://|www\.|&#35;|GH-)", "\\1\u2060", text)
 
 
 def markdown(report: UpdateReport) -> str:

@@ -384,6 +384,28 @@ def test_link_health_is_written_once_and_forgets_links_that_are_gone(folders, se
     assert read_health(folders) == {}
 
 
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_a_working_link_is_noted_in_its_record_once_in_ninety_days(folders, server, web):
+    url = f"{server.root}/works"
+    server.pages["/works"] = Page(200, b"here")
+    for other in folders.records():
+        write_record(other.model_copy(update={"links": []}), folders.papers)
+    write_record(with_links(code(url)), folders.papers)
+
+    def noted(day: str) -> str | None:
+        run_health(folders, folders.records(), web, EnrichReport(), date.fromisoformat(day), everything=True)
+        path = folders.record_file("2412.06769")
+        assert path is not None
+        return parse_record(path.read_bytes(), "x").links[0].checked
+
+    assert noted("2026-01-01") == "2026-01-01"
+    assert noted("2026-03-31") == "2026-01-01"
+    assert noted("2026-04-01") == "2026-04-01"
+    del server.pages["/works"]
+    assert noted("2026-08-01") == "2026-04-01"
+    assert not folders.health.read_text(encoding="utf-8").startswith("{}")
+
+
 def test_every_link_has_its_turn_within_thirty_days():
     record = with_links(*(code(f"https://github.com/a/b{number}") for number in range(200)))
     turns = [due([record], {}, date.fromordinal(740000 + day)) for day in range(30)]

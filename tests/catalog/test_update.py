@@ -416,6 +416,21 @@ def test_trouble_on_the_way_changes_nothing_in_the_end(faults, make_updater, ser
     assert tree(folders.root) == expected
 
 
+def test_one_damaged_entry_is_found_and_the_rest_of_the_catalog_is_read(make_updater, server, folders, expected):
+    """A page that never becomes readable is cut down; what stands before it and in other queries comes in, and the run says partial."""
+    server.play(
+        *(Fault("damaged", start=2, size=size, times=None) for size in (1, 2, 3)),
+        Fault("damaged", start=0, size=3, times=None),
+    )
+    report = make_updater(budget=400).run()
+    assert report.outcome is Outcome.PARTIAL
+    assert "not well-formed" in markdown(report)
+    assert {"2602.00001", "2602.00002"} <= set(read_queue(folders))
+    server.clear()
+    make_updater(budget=400).run()
+    assert tree(folders.root) == expected
+
+
 def test_empty_windows_ask_a_busy_category(make_updater, server, folders, clock):
     server.corpus.papers = busy_papers()
     report = make_updater().run()
