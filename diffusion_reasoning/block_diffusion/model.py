@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from latentcot.diffusion_reasoning.corruption import check_mask_id
 from latentcot.files import write_text
 from latentcot.kernels import BlockCausal
 from latentcot.reasoner import SPECIAL
+
+if TYPE_CHECKING:
+    from latentcot.diffusion_reasoning.diffusion_lm import DiffusionLM
 
 SETTINGS_FILE = "block_diffusion.json"
 PREFILL_TOKENS = 2048  # of a long prompt read at a time: attention masks grow with its square
@@ -135,6 +138,31 @@ class BlockDiffusionModel(nn.Module):
         self.rho = rho
         self.state_from: StateFrom = state_from
         self.embed_time = embed_time
+
+    @classmethod
+    def from_diffusion_lm(cls, lm: "DiffusionLM", block_length: int | None = None) -> "BlockDiffusionModel":
+        """The network of a :class:`~latentcot.diffusion_reasoning.DiffusionLM` (a loaded BD3-LM, for one) in blocks; it shares the
+        weights. ``block_length`` instead of the one in its configuration.
+
+        Raises:
+            ValueError: no block length anywhere; a network that is conditioned on time or carries something from pass to pass.
+        """
+        config = lm.config
+        length = config.block_length if block_length is None else block_length
+        if length is None:
+            raise ValueError("block_length: the model's configuration has none; give one")
+        if config.time_conditioning or config.carry != "none":
+            raise ValueError(
+                f"lm: time_conditioning = {config.time_conditioning} and carry = {config.carry!r}; blocks have neither"
+            )
+        return cls(
+            lm.backbone,
+            length,
+            config.mask_token_id,
+            inside=config.in_block,  # type: ignore[arg-type]
+            shift=config.shift,
+            embed_time=lm.embed_time,
+        )
 
     @property
     def block_length(self) -> int:

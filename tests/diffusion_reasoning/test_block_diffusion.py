@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from latentcot.backbone import ForeignStateError, HybridConfig, HybridForCausalLM, SequenceContext
-from latentcot.diffusion_reasoning import NoiseSchedule, diffusion_loss
+from latentcot.diffusion_reasoning import DiffusionConfig, DiffusionLM, NoiseSchedule, diffusion_loss
 from latentcot.diffusion_reasoning.block_diffusion import BlockDiffusionModel, two_stream_mask
 from latentcot.diffusion_reasoning.block_diffusion import model as block_model
 from latentcot.kernels import Bidirectional, BlockCausal
@@ -292,6 +292,31 @@ def test_blocks_of_one_token_with_shift_are_the_autoregressive_model(mixer):
     expected = model.backbone(x).logits[:, :-1]
     torch.testing.assert_close(model.forward_two_stream(z, x)[:, 1:], expected, rtol=0, atol=1e-11)
     torch.testing.assert_close(block_by_block(model, z, x)[:, 1:], expected, rtol=0, atol=1e-11)
+
+
+def test_a_diffusion_lm_with_modulation_runs_in_blocks():
+    """A small BD3-LM: layer norms, modulation by sigma = 0; its own block length, mask and network."""
+    torch.manual_seed(0)
+    config = DiffusionConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, mixer="attention", attention={"num_heads": 2},
+        intermediate_size=24, norm="layer", mlp="gelu", modulation=8, block_length=3, mask_token_id=MASK,
+        initializer_range=0.3,
+    )  # fmt: skip
+    lm = DiffusionLM(config).double().eval()
+    for parameter in lm.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = BlockDiffusionModel.from_diffusion_lm(lm)
+    assert (model.block_length, model.mask_id, model.form.inside) == (3, MASK, "softmax")
+    assert_same(model, *tokens())
+    z, x = tokens()
+    whole = BlockDiffusionModel.from_diffusion_lm(lm, L).forward_two_stream(z, x)
+    expected = lm(z).logits
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="saved as the DiffusionLM"):
+        model.save_pretrained("nowhere")
+    config.block_length = None
+    with pytest.raises(ValueError, match="configuration has none"):
+        BlockDiffusionModel.from_diffusion_lm(lm)
 
 
 # -- files and bad input -----------------------------------------------------------------------------------------------
