@@ -8,6 +8,7 @@ It is a :class:`~latentcot.backbone.HybridForCausalLM` run bidirectionally, with
 schedule, the shift of converted autoregressive models, time, and a carry from pass to pass.
 """
 
+import inspect
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, initialization
 from transformers.utils.generic import ModelOutput
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
+from latentcot.backbone.config import refuse_misspelt
 from latentcot.diffusion_reasoning.carry import CARRIES, Carry, make_carry
 from latentcot.diffusion_reasoning.corruption import check_mask_id
 from latentcot.diffusion_reasoning.denoiser import BackboneDenoiser
@@ -30,6 +32,12 @@ from latentcot.diffusion_reasoning.schedule import NoiseSchedule
 
 IN_BLOCK = ("softmax", "bilinear", "decayed")
 _TIME_WIDTH = 256
+
+
+_OWN_FIELDS = [
+    "mask_token_id", "schedule", "schedule_eps", "sigma_min", "sigma_max", "block_length", "shift", "time_conditioning",
+    "carry", "in_block", "combine", "max_position_embeddings", "loss_weight", "loss_normalise",
+]  # fmt: skip
 
 
 class DiffusionConfig(HybridConfig):
@@ -76,6 +84,8 @@ class DiffusionConfig(HybridConfig):
         loss_normalise: str = "elbo",
         **kwargs: Any,
     ):
+        inherited = inspect.signature(HybridConfig.__init__).parameters
+        refuse_misspelt({k: v for k, v in kwargs.items() if k not in inherited}, _OWN_FIELDS)
         if combine is not None:
             for mixer in ("deltanet", "gated_deltanet"):
                 kwargs[mixer] = {**(kwargs.get(mixer) or {}), "combine": combine}

@@ -145,7 +145,7 @@ class HybridConfig(PreTrainedConfig):
         given |= {name: kwargs.pop(name) for name in MIXERS if name in kwargs}
         for name in MIXERS | {name: None for name, options in given.items() if options is not None}:
             setattr(self, name, _complete(name, given.get(name)))
-        _refuse_misspelt(kwargs, [*given, *self.__dict__])
+        refuse_misspelt(kwargs, [*given, *self.__dict__])
         self.initializer_range = initializer_range
         if convolution_init not in ("normal", "uniform"):
             raise ValueError(f"convolution_init: {convolution_init!r} given, expected 'normal' or 'uniform'")
@@ -176,7 +176,7 @@ def _complete(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
     return asdict(make_options(name, dict(options or {})))
 
 
-def _refuse_misspelt(unknown: dict[str, Any], known: list[str]) -> None:
+def refuse_misspelt(unknown: dict[str, Any], known: list[str]) -> None:
     """The base class keeps any keyword as an attribute, so that a misspelt one would be lost without a word."""
     inherited = {*dir(PreTrainedConfig), *PreTrainedConfig().to_dict()} if unknown else set()
     for name in unknown:
