@@ -26,12 +26,17 @@ class CapacityCell:
 
 
 def capacity_cells(results: dict[str, Any]) -> list[CapacityCell]:
-    """In the study's order. For each seed the learning rate with the best mean on validation sequences counts."""
+    """In the study's order; stacks without runs are left out.
+
+    For each seed the learning rate with the best mean on validation sequences counts.
+    """
     study = results["study"]
     cells = []
     for mixer in study["mixers"]:
         for width in study["widths"]:
             runs = [r for r in results["runs"] if (r["mixer"], r["width"]) == (mixer, width)]
+            if not runs:
+                continue
             best = [
                 max((r for r in runs if r["seed"] == seed), key=lambda r: (mean(r["validation"]), -r["rate"]))
                 for seed in range(study["seeds"])
@@ -106,6 +111,9 @@ def capacity_page(results: dict[str, Any], pictures: str = "mqar-capacity") -> s
         if cell.state_bytes[-1] != cell.state_bytes[0]:
             size += f" to {cell.state_bytes[-1]:,}"
         lines.append(f"| {cell.mixer} | {cell.width} | " + " | ".join(figures) + f" | {size} |")
+    planned = len(study["mixers"]) * len(study["widths"])
+    if len(found := capacity_cells(results)) < planned:
+        lines += ["", f"{len(found)} of the study's {planned} stacks were run."]
     lines += ["", "## Repeat it", "", "```console", "$ latentcot compare mqar-capacity", "```", ""]
     return "\n".join(lines)
 

@@ -71,6 +71,13 @@ def test_the_rate_is_chosen_on_validation_and_not_on_the_test():
     assert "2.0 passes" in capacity_page(results(2))
 
 
+def test_a_page_of_a_part_says_that_it_is_one():
+    whole = results(1)
+    assert "stacks were run" not in capacity_page(whole)
+    whole["study"]["widths"].append(64)
+    assert "1 of the study's 2 stacks were run." in capacity_page(whole)
+
+
 def test_a_tiny_study_runs_goes_on_and_writes_its_page(tmp_path):
     study = replace(
         quick_capacity(), mixers=("hgrn",), train=replace(quick_capacity().train, steps=3, warmup_steps=1), batch_size=4
