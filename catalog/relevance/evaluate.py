@@ -4,6 +4,7 @@ Three cuts in time. Models are fitted on what is before a cut and judged on the 
 test, and its threshold is the one that the cut before it chose. Months are those of arXiv ids.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,16 @@ def threshold_at(negative: Array, rate: float) -> float:
         raise ValueError(f"rate: expected a share between 0 and 1, given {rate}")
     allowed = int(np.floor(rate * len(negative)))
     return float(np.sort(negative)[len(negative) - 1 - allowed])
+
+
+def wilson(found: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's method: what so few papers allow to say."""
+    if not 0 <= found <= of or of == 0:
+        raise ValueError(f"expected 0 to {of} of at least one, given {found} of {of}")
+    z, p = 1.959964, found / of
+    middle = (p + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def calibrate(judged: Judged) -> tuple[float, float]:
 
 
 def measure(judged: Judged, chosen: float | None = None) -> dict[str, Any]:
-    """AUROC and recall at 1 % false positives of every family, for the scorer and the keyword rule.
+    """AUROC and recall at 1 % false positives of every family, for the scorer (with a 95 % interval) and the keyword rule.
 
     ``chosen`` is a threshold from an earlier cut: recall, precision and false positives at it are added, the latter
     for every kind of negative.
@@ -106,7 +117,10 @@ def measure(judged: Judged, chosen: float | None = None) -> dict[str, Any]:
             if inside.any():
                 entry = result["families"].setdefault(family, {"papers": int(inside.sum())})
                 entry[f"{name}_auroc"] = round(auroc(scores[inside], scores[judged.negative]), 4)
-                entry[f"{name}_recall"] = round(float((scores[inside] > limit).mean()), 4)
+                found = int((scores[inside] > limit).sum())
+                entry[f"{name}_recall"] = round(found / int(inside.sum()), 4)
+                if name == "scorer":
+                    entry["recall_interval"] = [round(end, 4) for end in wilson(found, int(inside.sum()))]
     kinds = [kind for kind in KINDS if judged.of_kind(kind).any()]
     limit = threshold_at(judged.scores[judged.negative], FALSE_POSITIVES)
     result["kinds"] = {

@@ -21,7 +21,7 @@ from latentcot.catalog.relevance.data import (
     known_papers,
     rejected_papers,
 )
-from latentcot.catalog.relevance.evaluate import CUTS, auroc, calibrate, judge, measure, threshold_at
+from latentcot.catalog.relevance.evaluate import CUTS, auroc, calibrate, judge, measure, threshold_at, wilson
 from latentcot.catalog.relevance.features import GRAM_LENGTH, Rarity, features, grams, normal_text
 from latentcot.catalog.relevance.keywords import keyword_score
 from latentcot.catalog.relevance.logistic import Sparse, fit_logistic
@@ -297,6 +297,14 @@ def test_auroc_and_threshold_by_hand():
         auroc(np.array([]), np.array([1.0]))
     with pytest.raises(ValueError, match="rate"):
         threshold_at(scores, 1.0)
+
+
+def test_wilsons_interval_against_its_equation():
+    for found, of in ((0, 5), (3, 7), (48, 53), (16, 16)):
+        for end in wilson(found, of):  # the ends solve (p - share)² = z² p (1 - p) / n
+            assert (end - found / of) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / of, abs=1e-9)
+    with pytest.raises(ValueError, match="given 4 of 3"):
+        wilson(4, 3)
 
 
 def test_features_are_scaled_and_ignore_dashes_and_ligatures():
