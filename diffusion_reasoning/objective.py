@@ -30,6 +30,7 @@ cart      ½ · sum over clean j != i of p (1-p)^{|i-j|-1}, at least ``floor``  
 Whole recipes by name: :mod:`~latentcot.diffusion_reasoning.recipes`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -73,6 +74,11 @@ class DiffusionLoss:
     def nats_per_token(self) -> Tensor:
         """NELBO over all maskable tokens, masked or not; its exponential bounds the perplexity."""
         return self.nelbo_nats.sum() / self.n_maskable.sum()
+
+    @property
+    def bits_per_token(self) -> Tensor:
+        """The same in bits."""
+        return self.nats_per_token / math.log(2)
 
 
 def diffusion_loss(

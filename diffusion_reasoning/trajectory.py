@@ -31,10 +31,10 @@ class Trajectory:
     ``margin`` ``[k, B, L]`` fp16 of that prediction, NaN where there was none (margin: likeliest minus second);
     ``revealed_at [B, L]`` int16: step of the last reveal, -1 for given positions; ``n_flips [B, L]`` int16: how often a
     revealed token went back to the mask; ``correct_early [B]`` int32: first step after which every maskable position
-    holds its final token or, while masked, is predicted so; ``n_masked``, ``nfe [k, B]``: masks left and passes so far; ``flops [B]``: of all
-    passes (NaN where the network can not be counted); ``layers``: blocks of one pass (0 where unknown); ``seconds [k]``
-    since the start; ``maskable``, ``real [B, L]``; ``mask_id``; with ``record="full"`` ``topk_ids`` int32 and
-    ``topk_logp`` fp16 ``[k, B, L, K]``.
+    holds its final token or, while masked, is predicted so; ``n_masked``, ``nfe [k, B]``: masks left and
+    passes so far; ``flops [B]``: of all passes (NaN where the network can not be counted); ``layers``: blocks of one
+    pass (0 where unknown); ``seconds [k]`` since the start; ``maskable``, ``real [B, L]``; ``mask_id``; with
+    ``record="full"`` ``topk_ids`` int32 and ``topk_logp`` fp16 ``[k, B, L, K]``.
     """
 
     tokens: Tensor
