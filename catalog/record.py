@@ -32,9 +32,9 @@ class _Strict(BaseModel):
     def model_post_init(self, context: Any, /) -> None:
         # Pydantic gives every object a set of the fields that were given, which is half of a record's memory. Here all
         # are given, always, so that one set a class is enough.
-        given = self.__pydantic_fields_set__
-        if len(given) == len(type(self).model_fields):
-            object.__setattr__(self, "__pydantic_fields_set__", _all_fields(type(self)))
+        every = _all_fields(type(self))
+        if len(self.__pydantic_fields_set__) == len(every):
+            object.__setattr__(self, "__pydantic_fields_set__", every)
 
 
 @cache
