@@ -203,6 +203,7 @@ def run_diffusion_job(job: DiffusionJob, report: Report | None = None) -> dict[s
         job.part.rows,
         job.folder,
         seconds=job.part.seconds,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         watch=watch,
     )
     result = {**found, "identity": job.identity(), "part": job.part.name, "name": job.name}

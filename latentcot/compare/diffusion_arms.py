@@ -111,7 +111,9 @@ def backbone_config(sizes: Sizes, stack: Stack, vocab_size: int) -> HybridConfig
             period=None if stack == "softmax" else sizes.period,
             intermediate_size=width,
             convolution_init="uniform",
-            initializer_range=0.02,
+            # signals keep their size from layer to layer, and tokens and places start as large as what layers add to them
+            initializer_range=sizes.width**-0.5,
+            embedding_scale=sizes.width**0.5,
             pad_token_id=SPECIAL.pad,
             bos_token_id=SPECIAL.bos,
             eos_token_id=SPECIAL.eos,
@@ -142,12 +144,13 @@ class Arm(Reasoner):
     def __init__(self, backbone: HybridForCausalLM, settings: dict[str, Any]):
         super().__init__(backbone, settings)
         self.places = nn.Embedding(settings["positions"], backbone.config.hidden_size)
-        nn.init.normal_(self.places.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=backbone.config.initializer_range)
         backbone.model.layers[0].register_forward_pre_hook(self._add_places)
 
     def _add_places(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, context, *others = arguments
-        return (hidden + self.places(context.positions).to(hidden.dtype), context, *others)
+        places = self.places(context.positions) * self.backbone.config.embedding_scale
+        return (hidden + places.to(hidden.dtype), context, *others)
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("train", form="denoise", ema=self.settings.get("average")),)
