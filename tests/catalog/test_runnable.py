@@ -41,7 +41,7 @@ METHODS = {
     "2502.17416": "latentcot/tasks/p_hop.py",
     "2503.00307": "diffusion_reasoning/remasking.py",
     "2503.09573": "diffusion_reasoning/block_diffusion/model.py",
-    "2504.12216": "diffusion_reasoning/recipes.py",
+    "2504.12216": "diffusion_reasoning/policy.py",
     "2505.12514": "latentcot/tasks/prosqa.py",
     "2505.20674": "recurrent_depth/ponder_lm.py",
     "2505.22618": "diffusion_reasoning/named_samplers.py",
