@@ -9,7 +9,8 @@
 Three block-diffusion models of one size, in one run: linear layers alone, one attention layer in four, attention alone with its keys and
 values cached. For every context: milliseconds of a denoising pass and of a commit, tokens a second of whole blocks, bytes of the state
 beside the cost model. Weights are random: speed does not depend on them. The runs go round the contexts and models again and again, so
-that what else the machine does meets all of them; times are medians. Keys and values of a long context are copies of a short one's.
+that what else the machine does meets all of them; times are medians. On a CPU they are the process's own on one thread, not by the wall
+clock. Keys and values of a long context are copies of a short one's.
 
 Writes one JSON file, a run a machine, and a page from it.
 """
@@ -189,11 +190,12 @@ def measure(settings: argparse.Namespace, console: Console) -> list[dict[str, An
 def _seconds(call: Any, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    begin = clock()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def environment(settings: argparse.Namespace) -> dict[str, Any]:
@@ -233,7 +235,8 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
         "values of the whole past; in linear layers it reads one state, whose size does not depend on the past. "
         "`python -m latentcot.diffusion_reasoning.bench` measures it and writes this page.\n",
         "Three models of one size ran in turns: linear layers alone, one attention layer in four, attention alone with cached keys and "
-        "values. Times are medians with their quartiles; *tokens a second* are those of whole blocks, denoising passes and commit. "
+        "values. Times are medians with their quartiles, on a CPU those of the process on one "
+        "thread; *tokens a second* are those of whole blocks, denoising passes and commit. "
         "Compare numbers of one run only.\n",
     ]
     for run in runs:
@@ -274,6 +277,8 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write both files, print the page."""
     settings = parse(arguments)
+    if settings.device == "cpu":
+        torch.set_num_threads(1)
     runs: list[dict[str, Any]] = []
     if settings.json.is_file():
         try:
