@@ -207,7 +207,7 @@ class DepthRecurrence(DepthLoop):
             if not len(active) or position + 1 == most_tokens:
                 break
             assert output.state is not None
-            state = output.state.select(going)
+            state = output.state if bool(going.all()) else output.state.select(going)
             assert state.lengths is not None
             if warm:
                 s = output.final_state[going, -1:]

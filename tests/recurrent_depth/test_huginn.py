@@ -12,7 +12,9 @@ from latentcot.backbone.checkpoint_keys import CheckpointMismatchError
 from latentcot.recurrent_depth import (
     HUGINN_TOKENS,
     DepthRecurrence,
+    GradientWindow,
     HuginnShape,
+    StepCache,
     build_huginn,
     export_huginn,
     huginn_chat,
@@ -99,6 +101,43 @@ def test_released_names_give_the_reference_logits(stored, dtype, atol):
     assert logits.dtype == dtype
     scale = float(expected.abs().max())  # the tolerance is that of logits of order one
     torch.testing.assert_close(logits.double() / scale, expected / scale, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy",
+    [StepCache(), StepCache("latest"), StepCache("skip"), StepCache("compress_s", 8), StepCache("anchor", 6)],
+    ids=lambda p: p.kind,
+)
+def test_cached_decoding_is_the_whole_pass_and_more_recurrences_stay_finite(stored, policy):
+    model = load_huginn(stored)
+    for parameter in model.parameters():
+        parameter *= 0.3 if parameter.dim() > 1 else 1.0  # of ordinary size: wide weights make a loop amplify rounding
+    ids, start = torch.randint(0, V, (2, 10)), 0.6 * torch.randn(2, 10, D)
+    assert policy.exact(4, 2)
+    whole = model.recur(ids, 4, initial_state=start).logits
+    state, logits = None, []
+    for t in range(10):
+        piece = slice(t, t + 1)
+        out = model.recur(
+            ids[:, piece], 4, initial_state=start[:, piece], state=state, use_cache=True, step_cache=policy
+        )
+        state = out.state
+        logits.append(out.logits)
+    scale = float(whole.abs().max())
+    torch.testing.assert_close(torch.cat(logits, 1) / scale, whole / scale, atol=1e-5, rtol=0)
+    assert model.recur(ids, 200, initial_state=start).logits.isfinite().all()
+
+
+def test_the_prelude_learns_through_the_window_alone(stored):
+    model = load_huginn(stored)
+    ids = torch.randint(0, V, (2, 6))
+    for last in (0, 1):
+        model.zero_grad()
+        model.recur(ids, 3, window=GradientWindow(last)).logits.square().mean().backward()
+        first: Any = model.backbone.model.layers[0]
+        grads = [p.grad for p in first.parameters() if p.grad is not None]
+        assert sum(float(g.abs().sum()) for g in grads) > 0 if last else not grads
 
 
 def test_export_gives_back_what_was_loaded(stored):

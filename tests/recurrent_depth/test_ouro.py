@@ -161,6 +161,19 @@ def test_full_depth_and_first_step(make_ouro):
 # -- states ----------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixers", [ATTENTION, HYBRID], ids=["attention", "hybrid"])
+def test_cached_steps_equal_the_whole_pass_in_single_precision(make_backbone, mixers):
+    model = Ouro(make_backbone(mixers=mixers, initializer_range=0.02, **SANDWICH).float())
+    ids, _ = ids_and_mask()
+    whole = model.logits(model.unroll(ids, 4))
+    states = model.unroll(ids[:, :3], 4, use_cache=True).states
+    scale = float(whole.abs().max())
+    for t in range(3, 7):
+        hidden, states, _ = model.read_token(ids[:, t : t + 1], states, 1.0, 4)
+        torch.testing.assert_close(model.backbone.lm_head(hidden) / scale, whole[:, t] / scale, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("mixers", [ATTENTION, HYBRID], ids=["attention", "hybrid"])
 def test_cached_steps_equal_the_whole_pass(make_ouro, mixers):
     model = make_ouro(mixers)
@@ -171,6 +184,8 @@ def test_cached_steps_equal_the_whole_pass(make_ouro, mixers):
     states = begun.states
     middle = model.unroll(ids[:, 7:9], 3, states=states)
     torch.testing.assert_close(model.logits(middle), whole[:, 7:9], atol=1e-10, rtol=0)
+    for q, least in ((0.0, 1), (1.0, 3)):
+        assert model.read_token(ids[:, 7:8], states, q, 3)[2].tolist() == [least] * 5
     for t in (7, 8, 9):
         hidden, states, taken = model.read_token(ids[:, t : t + 1], states, 1.0, 3)
         torch.testing.assert_close(model.backbone.lm_head(hidden), whole[:, t], atol=1e-10, rtol=0)

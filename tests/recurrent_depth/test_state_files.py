@@ -44,6 +44,8 @@ def test_what_was_read_back_goes_on_like_what_was_saved(case, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
     loaded = kind.load(tmp_path / "state.safetensors", model.backbone.config.fingerprint)
     assert loaded.nbytes == state.nbytes
+    if isinstance(state, LoopStates):  # the rules are part of the file
+        assert (loaded.gaps, loaded.sharing) == (state.gaps, state.sharing)
     a, b = state, loaded
     for token in (11, 14, 17):
         step = torch.full((3, 1), token)

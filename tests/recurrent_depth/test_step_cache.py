@@ -18,6 +18,7 @@ from latentcot.recurrent_depth.step_cache import policy_of
 TOLERANCE: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 ATTENTION = {"mixers": ["attention"] * 4}
 EXACT = [
+    StepCache(),
     StepCache("latest"),
     StepCache("available"),
     StepCache("skip"),
@@ -386,6 +387,25 @@ def test_exits_that_never_fire_change_nothing(settling, ids, start):
         never = {"exit_rule": ExitRule("kl", 0.0)}
         logits, _ = decode(loop, ids, start, [4] * 9, policy, **never)
         torch.testing.assert_close(logits, loop.recur(ids, 4, initial_state=start).logits, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["latent_difference", "cosine", "kl", "min_p_kl", "entropy", "argmax"])
+def test_decoded_tokens_leave_at_their_least_and_never_where_nothing_settles(settling, ids, start, kind):
+    loop, policy = settling(), StepCache("latest")
+    count = kind == "argmax"
+    rules = [
+        (ExitRule(kind, 1 if count else math.inf), 1),
+        (ExitRule(kind, 1 if count else math.inf, min_steps=3), 3),
+        (ExitRule(kind, 1 if count else math.inf, min_steps=3, check_every=2), 4),
+        (ExitRule(kind, 7 if count else 0.0), 6),
+    ]
+    state = loop.recur(ids[:, :5], 6, initial_state=start[:, :5], use_cache=True, step_cache=policy).state
+    for rule, leaves in rules:
+        out = loop.recur(ids[:, 5:6], 6, initial_state=start[:, 5:6], state=state, exit_rule=rule, step_cache=policy)
+        assert out.recurrences.tolist() == [leaves] * 3, rule
+        fixed = loop.recur(ids[:, 5:6], leaves, initial_state=start[:, 5:6], state=state, step_cache=policy)
+        torch.testing.assert_close(out.logits, fixed.logits, **TOLERANCE)
 
 
 def test_gradients_through_a_pass_with_a_rule_are_those_of_the_plain_one(make_backbone, ids, start):
