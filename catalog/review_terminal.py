@@ -80,10 +80,13 @@ def panel(candidate: Candidate, place: str = "") -> Panel:
         rows.add_row("again", Text(candidate.again, style="bold"))
     if candidate.prefilled:
         rows.add_row("proposed", Text("accept under 1; Enter confirms", style="bold"))
-    body = Group(rows, Text(), Text(candidate.abstract or "No abstract.", style="" if candidate.abstract else "dim"))
+    abstract = Text(candidate.abstract or "No abstract.", style="" if candidate.abstract else "dim")
+    body = Group(
+        Text(candidate.title, style="bold"), Text(), rows, Text(), abstract
+    )  # a title in the frame would be cut
     return Panel(
         body,
-        title=Text(candidate.title, style="bold"),
+        title=candidate.arxiv,
         title_align="left",
         subtitle=place or None,
         subtitle_align="right",

@@ -7,6 +7,7 @@ server has said no (400, 403, 406, redirects).
 """
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -51,7 +52,7 @@ class Politeness:
 
     ``gap`` between the ends of one request and the beginning of the next, at least 3 for anything but this machine; ``slow_gap``
     after a 429; ``budget`` requests a run; ``attempts`` for one page; ``throttles``: answers 429 or 503 after which the run stops;
-    ``longest_wait``: a server that asks for more ends the run instead.
+    ``failures`` requests in a row without a page end the run; ``longest_wait``: a server that asks for more ends it too.
     """
 
     gap: float = GAP
@@ -59,6 +60,7 @@ class Politeness:
     budget: int = 100
     attempts: int = 5
     throttles: int = 8
+    failures: int = 12
     first_wait: float = 30.0
     longest_wait: float = 900.0
     connect_timeout: float = 15.0
@@ -67,7 +69,7 @@ class Politeness:
     max_bytes: int = 32 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("budget", "attempts", "throttles", "max_bytes"):
+        for name in ("budget", "attempts", "throttles", "failures", "max_bytes"):
             if getattr(self, name) < 1:
                 raise CatalogError(f"{name} expects at least 1, given {getattr(self, name)}")
         for name in ("gap", "slow_gap", "first_wait", "longest_wait"):
@@ -200,6 +202,8 @@ class FeedClient:
         self._gap = self.politeness.gap
         self._last: float | None = None
         self._throttles = 0
+        self._failures = 0
+        self._answered = False
         self.log = RequestLog()
 
     def url(self, parameters: Mapping[str, str | int]) -> str:
@@ -209,8 +213,9 @@ class FeedClient:
         """Ask the server again next time, although the page is in the cache."""
         self.cache.drop(self.url(parameters))
 
-    def page(self, parameters: Mapping[str, str | int]) -> FeedPage:
+    def page(self, parameters: Mapping[str, str | int], *, attempts: int | None = None) -> FeedPage:
         """One page. Damage on the way is retried; raises a :class:`FeedError` when that does not help."""
+        attempts = attempts or self.politeness.attempts
         url = self.url(parameters)
         cached = self.cache.get(url)
         if cached is not None:
@@ -222,16 +227,22 @@ class FeedClient:
                 self.log.cached += 1
                 return page
         why, asked = "", None
-        for attempt in range(self.politeness.attempts):
+        for attempt in range(attempts):
+            if self._failures >= self.politeness.failures:
+                raise StoppedError(
+                    f"{self._failures} requests in a row brought nothing ({why or 'see above'}); run again later"
+                )
             if attempt:
                 self.wait(attempt, why, asked)
                 asked = None
+            self._failures += 1  # until it turns out to be none
             try:
                 answer = self._send(url)
             except OSError as error:
                 why = f"no answer: {_short(error)}"
                 self._note(url, why)
                 continue
+            self._answered = True
             try:
                 page = self._judge(url, answer)
             except DamagedFeedError as error:
@@ -242,11 +253,14 @@ class FeedClient:
                 why = f"the server answered {answer.status}"
                 asked = self._throttled(answer, why)
                 continue
+            self._failures = 0
             self._note(url, f"{page.arrived} entries of {page.total}")
             if page.arrived:  # an empty page may be a bad hour: it is asked for again
                 self.cache.put(url, answer.body)
             return page
-        raise GaveUpError(f"gave up after {self.politeness.attempts} attempts ({why})")
+        if not self._answered:
+            raise StoppedError(f"the server does not answer ({why})")
+        raise GaveUpError(f"gave up after {attempts} attempts ({why})")
 
     def wait(self, attempt: int, why: str, asked: float | None = None) -> None:
         """Wait before attempt number ``attempt`` (1, 2, ...): what the server asked for, else 30 s, 60 s, 120 s ... and jitter."""
@@ -339,4 +353,8 @@ def retry_after(text: str | None, now: datetime) -> float | None:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    """An error in a few words. Those of requests name the pool, the whole address and every layer below."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"HTTPS?ConnectionPool\(host='([^']*)', port=(\d+)\): ", r"\1:\2: ", text)
+    text = re.sub(r" with url: \S+( \(Caused by .*)?", "", text)
+    return f"{type(error).__name__}: {text[:160]}"

@@ -131,7 +131,8 @@ def _pages(
         address = parameters(query, window, offset, size)
         asked.append(address)
         try:
-            page = client.page(address)
+            # A smaller page that fails as well is tried less often: the wish to know has its price.
+            page = client.page(address, attempts=None if size == page_size else 2)
         except GaveUpError:
             # Particular pairs of start and size fail, and one damaged entry spoils a page: a smaller page may pass.
             if size == 1:

@@ -27,7 +27,7 @@ from latentcot.catalog.record import dump_json
 from latentcot.catalog.store import write_atomic
 from latentcot.catalog.text import normal_title
 from latentcot.catalog.update.atom import Entry
-from latentcot.catalog.update.client import BlockedError, FeedClient, FeedError, RejectedError, StoppedError
+from latentcot.catalog.update.client import FeedClient, FeedError, RejectedError, StoppedError
 from latentcot.catalog.update.known import Known
 from latentcot.catalog.update.queries import Query, QueryFile, Watermark, moment, parse_moment, read_watermarks
 from latentcot.catalog.update.reader import MINUTE, Reading, Window, confirm_empty, read_window
@@ -72,18 +72,15 @@ class Updater:
                 self._read(query, line)
             except RejectedError as error:
                 line.problem = str(error)
-            except (BlockedError, StoppedError) as error:
-                line.problem = str(error)
-                for later in queries[number + 1 :]:
-                    self.report.queries.append(
-                        QueryLine(later.name, "not read", until=self._until(later), problem="the run ended before")
-                    )
-                if isinstance(error, BlockedError):
-                    self.report.failed = str(error)
-                break
             except FeedError as error:
                 line.problem = str(error)
-                self.report.failed = str(error)
+                # A budget that is spent or a tired server is partial; a client that is refused or a dead feed is a failure.
+                self.report.failed = None if isinstance(error, StoppedError) else str(error)
+                ended = "the run ended before"
+                self.report.queries += [
+                    QueryLine(later.name, "not read", until=self._until(later), problem=ended)
+                    for later in queries[number + 1 :]
+                ]
                 break
             finally:
                 line.until = self._until(query)

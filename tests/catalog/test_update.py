@@ -27,7 +27,7 @@ from latentcot.catalog.review import reject
 from latentcot.catalog.store import CatalogError
 from latentcot.catalog.update import updater as updater_module
 from latentcot.catalog.update.cache import PageCache, one_run
-from latentcot.catalog.update.client import FeedClient, Politeness
+from latentcot.catalog.update.client import FeedClient, Politeness, StoppedError
 from latentcot.catalog.update.queries import read_watermarks
 from latentcot.catalog.update.report import Outcome
 from latentcot.catalog.update.summary import harmless, markdown
@@ -373,6 +373,30 @@ def test_a_server_that_keeps_saying_no_is_left_alone(make_updater, server):
     report = make_updater().run()
     assert "has changed" in markdown(report)
     assert len(server.log) == 1
+
+
+def test_a_server_that_does_not_answer_is_not_asked_a_hundred_times(make_updater, server, clock):
+    server.play(Fault("close", times=None))
+    report = make_updater().run()
+    assert report.outcome is Outcome.FAILED
+    assert len(server.log) == 5
+    assert "the server does not answer" in markdown(report)
+    assert [line.name for line in report.queries] == ["latent", "loops"]
+    server.clear()
+    server.play(Fault("status", status=500, times=None))
+    report = make_updater().run()
+    assert report.outcome is Outcome.FAILED
+    assert len(server.log) == 12
+    assert "12 requests in a row brought nothing" in markdown(report)
+
+
+def test_errors_of_the_network_are_told_in_a_few_words(make_client):
+    client = make_client(url="http://127.0.0.1:9/api/query", attempts=1)
+    with pytest.raises(StoppedError) as caught:
+        client.page({"search_query": "x" * 500, "start": 0, "max_results": 2})
+    assert len(str(caught.value)) < 150
+    assert "127.0.0.1:9" in str(caught.value)
+    assert "search_query" not in str(caught.value)
 
 
 def test_an_answer_that_drips_or_never_ends_is_cut_off(make_client, server, clock):
