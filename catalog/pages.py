@@ -20,9 +20,11 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from latentcot.catalog.export import csl, feeds, ris
 from latentcot.catalog.leaves import Branch, FacetSet, Leaf, Tree
 from latentcot.catalog.pages_statistics import page_values
 from latentcot.catalog.record import PartialDate, Record
+from latentcot.catalog.related import related_papers
 
 _SPECIAL = re.compile(r"[^\w\s.,;:()'/?%@-]|_", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]+")
@@ -43,6 +45,7 @@ LINK_NAMES = {
     "video": "Video",
 }
 NOT_STATED = "none"
+FEED_LENGTH = 50  # entries of a feed, and of the page of new papers
 
 
 def clean(text: str) -> str:
@@ -85,12 +88,16 @@ class IndexFacet(NamedTuple):
 
 @dataclass(frozen=True)
 class SiteLinks:
-    """What the paper pages know of the rest of the site; every function returns ``None`` where there is nothing."""
+    """What the paper pages know of the rest of the site; every function returns ``None`` where there is nothing.
+
+    ``site_url`` is the address that feeds link to; without it they link to the papers themselves.
+    """
 
     bibtex: Callable[[Record], str] | None = None
     module_page: Callable[[str], str | None] = field(default=lambda module: None)
     notebook_page: Callable[[str], str | None] = field(default=lambda path: None)
     corrections_url: str | None = None
+    site_url: str | None = None
 
 
 def paper_pages(
@@ -137,6 +144,8 @@ class _Pages:
             status_meaning=STATUS_MEANING, link_names=LINK_NAMES, topic_href=_topic_href, byline=_byline,
             venue_text=_venue_text, share=_share, total=len(self.records), keys={record.key for record in self.records},
         )  # fmt: skip
+        self.related = related_papers(self.records)
+        self.titles = {record.key: record.title for record in self.records}
         self.in_leaf: dict[str, list[Record]] = {slug: [] for slug in tree.leaves}
         for record in self.records:
             for slug in record.leaves:
@@ -145,6 +154,7 @@ class _Pages:
     def all(self) -> dict[str, str]:
         pages = {
             "papers/index.md": self.index(),
+            "papers/new.md": self.new(),
             "papers/taxonomy.md": self.taxonomy(),
             "papers/statistics.md": self.statistics(),
         }
@@ -154,7 +164,31 @@ class _Pages:
                 pages[f"topic/{leaf.slug}.md"] = self.leaf(branch, leaf)
         for record in self.records:
             pages[f"paper/{record.key}.md"] = self.paper(record)
-        return pages
+        return pages | self.feeds()
+
+    def feeds(self) -> dict[str, str]:
+        """Atom and RSS, of all papers and of every leaf."""
+        found: dict[str, str] = {}
+        parts = [("all", feeds.NAME, self.records)]
+        parts += [(slug, f"{feeds.NAME}: {self.tree.leaves[slug].name}", held) for slug, held in self.in_leaf.items()]
+        for slug, title, records in parts:
+            options: dict[str, Any] = {"title": title, "slug": slug, "site": self.links.site_url, "limit": FEED_LENGTH}
+            found[f"feeds/{slug}.atom.xml"] = feeds.atom(records, **options)
+            found[f"feeds/{slug}.rss.xml"] = feeds.rss(records, **options)
+        return found
+
+    def new(self) -> str:
+        front = {
+            "heading": "What is new",
+            "description": "Papers that came into the catalog last",
+            "hide": ["toc"],
+            "search": {"exclude": True},
+        }
+        days: dict[str, list[Record]] = {}
+        for record in feeds.latest(self.records, FEED_LENGTH):
+            days.setdefault(record.added, []).append(record)
+        added = Counter(record.added for record in self.records)
+        return self._render("new.md.j2", front, days=days, added=added)
 
     def _render(self, template: str, front: dict[str, Any], **values: Any) -> str:
         return _front_matter(front) + self.env.get_template(template).render(**values).strip() + "\n"
@@ -239,16 +273,22 @@ class _Pages:
             "citation": _citation(record),
             "jsonld": _json_ld(record),
         }
-        bibtex = self.links.bibtex(record) if self.links.bibtex else None
+        cite = []
+        if self.links.bibtex:
+            cite = [
+                ("bibtex", "BibTeX", self.links.bibtex(record)),
+                ("ris", "RIS", ris.entry(record)),
+                ("csl", "CSL-JSON", json.dumps([csl.item(record)], ensure_ascii=False, indent=1)),
+            ]
         facet_names = {facet.slug: {v.slug: v.name for v in facet.values} for facet in self.facets.facets}
         values = [
             (facet.name, [facet_names[facet.slug].get(v, v) for v in getattr(record.facets, facet.slug)])
             for facet in self.facets.facets
         ]
         return self._render(
-            "paper.md.j2", front, record=record, bibtex=bibtex, facet_values=[entry for entry in values if entry[1]],
+            "paper.md.j2", front, record=record, cite=cite, facet_values=[entry for entry in values if entry[1]],
             runnable=[self._runnable(entry) for entry in record.runnable],
-            correction=self._correction(record),
+            correction=self._correction(record), related=self.related[record.key], titles=self.titles,
         )  # fmt: skip
 
     def _runnable(self, entry: Any) -> dict[str, str | None]:

@@ -158,7 +158,8 @@ def _collect(
         page = f"learn/{Path(path).stem}/index"
         return f"{page}.html" if f"{page}.md" in pages else None
 
-    links = SiteLinks(_bibtex(), module_page, notebook_page, (settings.get("extra") or {}).get("corrections_url"))
+    corrections = (settings.get("extra") or {}).get("corrections_url")
+    links = SiteLinks(_bibtex(), module_page, notebook_page, corrections, settings.get("site_url"))
     try:
         records = load_records() if records is None else records
         pages.update(paper_pages(records, load_taxonomy(), load_facets(), links))

@@ -8,7 +8,7 @@
     button.hidden = false;
     button.addEventListener("click", async function () {
       said.textContent = "";
-      const ok = await copy(source.textContent);
+      const ok = await copy(asFile(source.textContent, button.dataset.format));
       // A region that gets the same text twice is announced once: the empty text in between is a change.
       window.setTimeout(function () {
         said.textContent = ok
@@ -16,6 +16,11 @@
           : "This browser does not let the page copy; select the text above instead";
       }, 30);
     });
+  }
+
+  // What HTML does not keep of RIS: the line ends, and the blank after the last tag.
+  function asFile(text, format) {
+    return format === "RIS" ? text.replace(/^ER  -\s*$/m, "ER  - ").replace(/\r?\n/g, "\r\n") + "\r\n" : text;
   }
 
   async function copy(text) {

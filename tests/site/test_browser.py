@@ -1,13 +1,16 @@
 """The site in a real browser: facets, text filter, address, keyboard, cite button, phone, no JavaScript."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import rispy
 
-from latentcot.catalog import load_records
+from latentcot.catalog import get, load_records
+from latentcot.catalog.export import render
 
 pytestmark = [pytest.mark.browser, pytest.mark.allow_hosts(["127.0.0.1"])]
 
@@ -161,6 +164,25 @@ def test_the_cite_button_copies_and_says_so(page: Any, site_url: str) -> None:
     assert copied == page.locator("#lc-bibtex").text_content()
 
 
+@pytest.mark.parametrize(("name", "slug"), [("RIS", "ris"), ("CSL-JSON", "csl")])
+def test_other_formats_are_copied_as_their_programs_read_them(page: Any, site_url: str, name: str, slug: str) -> None:
+    page.goto(f"{site_url}/paper/2412.06769.html")
+    page.get_by_role("button", name=f"Copy {name}").click()
+    page.locator("#lc-said", has_text=f"{name} copied to the clipboard").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    if slug == "ris":
+        assert copied.splitlines() == render("ris", [get("2412.06769")]).splitlines()
+        assert rispy.loads(copied)[0]["title"] == get("2412.06769").title
+    else:
+        assert json.loads(copied) == json.loads(render(slug, [get("2412.06769")]))
+
+
+def test_a_related_paper_is_one_click_away(page: Any, site_url: str) -> None:
+    page.goto(f"{site_url}/paper/1807.03819.html")
+    page.get_by_role("link", name="MoEUT: Mixture-of-Experts Universal Transformers").click()
+    assert page.locator("h1").inner_text().startswith("MoEUT")
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -226,7 +248,7 @@ def test_axe_finds_no_violation_of_level_a_or_aa(chromium: Any, site_url: str, w
     # The index with a filter: the same form, and not 773 entries of one kind to look at.
     paths = [
         "index.html", "how-it-works.html", "getting-started.html", "papers/index.html?leaf=horizontal/conversion",
-        "papers/taxonomy.html", "papers/statistics.html", "paper/2412.06769.html", "topic/vertical.html",
+        "papers/taxonomy.html", "papers/statistics.html", "papers/new.html", "paper/2412.06769.html", "topic/vertical.html",
         "topic/horizontal/conversion.html", "reference/cli.html", "reference/api/reasoner.html",
     ]  # fmt: skip
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)

@@ -9,14 +9,24 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
+import feedparser
 import pytest
 from lxml import html
 
 from latentcot.catalog import load_records, load_taxonomy
-from latentcot.catalog.pages import clean
+from latentcot.catalog.export import csl, feeds, ris
+from latentcot.catalog.pages import FEED_LENGTH, clean
+from latentcot.catalog.related import related_papers
 from latentcot.site_pages import API_PACKAGES, api_page
 
-LISTS = ("index.html", "papers/index.html", "papers/taxonomy.html", "papers/statistics.html", "how-it-works.html")
+LISTS = (
+    "index.html",
+    "papers/index.html",
+    "papers/new.html",
+    "papers/taxonomy.html",
+    "papers/statistics.html",
+    "how-it-works.html",
+)
 
 
 @cache
@@ -151,6 +161,51 @@ def test_facet_counts_are_those_of_the_records(site_folder: Path) -> None:
     labelled = set(page.xpath("//form[@id='lc-form']//label/@for"))
     for field in page.xpath("//form[@id='lc-form']//*[self::input or self::select]"):
         assert field.xpath("ancestor::label") or field.get("id") in labelled, "an input without a label"
+
+
+def test_feeds_of_all_papers_and_of_every_leaf(site_folder: Path) -> None:
+    records = {record.key: record for record in load_records()}
+    for slug in ("all", *load_taxonomy().leaves):
+        held = [record for record in records.values() if slug == "all" or slug in record.leaves]
+        for kind in ("atom", "rss"):
+            parsed_feed = feedparser.parse((site_folder / f"feeds/{slug}.{kind}.xml").read_bytes())
+            assert not parsed_feed.bozo
+            assert len(parsed_feed.entries) == min(FEED_LENGTH, len(held)), slug
+            for entry in parsed_feed.entries:
+                assert records[entry.id.rpartition(":")[2]] in held
+    page = parsed(site_folder / "topic/vertical/architecture.html")
+    assert "../../feeds/vertical/architecture.atom.xml" in page.xpath("//article//a/@href")
+    assert page.xpath("//link[@type='application/atom+xml']/@href") == ["../../feeds/all.atom.xml"]
+
+
+def test_related_papers_are_linked_with_what_they_share(site_folder: Path) -> None:
+    records = load_records()
+    related = related_papers(records)
+    for record in records[::25]:
+        page = parsed(site_folder / f"paper/{record.key}.html")
+        items = page.xpath("//ul[@class='lc-related']/li")
+        assert [item.xpath("string(./a/@href)") for item in items] == [f"{one.key}.html" for one in related[record.key]]
+        for item, one in zip(items, related[record.key], strict=True):
+            assert all(clean(term) in " ".join(item.text_content().split()) for term in one.terms)
+
+
+def test_every_paper_page_holds_its_citation_in_three_formats(site_folder: Path) -> None:
+    for record in load_records()[::10]:
+        page = parsed(site_folder / f"paper/{record.key}.html")
+        ris_text = page.xpath("string(//pre[@id='lc-ris'])")
+        assert [line.rstrip() for line in ris_text.splitlines()] == [
+            line.rstrip() for line in ris.entry(record).splitlines()
+        ]
+        assert json.loads(page.xpath("string(//pre[@id='lc-csl'])")) == [csl.item(record)]
+        assert record.citekey in page.xpath("string(//pre[@id='lc-bibtex'])")
+
+
+def test_the_page_of_new_papers(site_folder: Path) -> None:
+    page = parsed(site_folder / "papers/new.html")
+    shown = [
+        link.removeprefix("../paper/").removesuffix(".html") for link in page.xpath("//a[@class='lc-title']/@href")
+    ]
+    assert shown == [record.key for record in feeds.latest(load_records(), FEED_LENGTH)]
 
 
 def test_statistics_add_up(site_folder: Path) -> None:
