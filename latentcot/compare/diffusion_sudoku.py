@@ -46,7 +46,7 @@ class GridPreset:
     problem: dict[str, Any]
     sizes: Sizes = field(default_factory=Sizes)
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=2000, learning_rate=2e-3, final_rate=0.0, warmup_steps=100)
+        default_factory=lambda: TrainConfig(steps=1000, learning_rate=2e-3, final_rate=0.0, warmup_steps=100)
     )
     rows: int = 64
 
