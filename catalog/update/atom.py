@@ -176,8 +176,8 @@ def _entry(node: Any) -> Entry:
         tuple(names),
         published,
         updated,
-        _text(node, f"{ARXIV}comment", "comment", MAX_FIELD) or None,
-        _text(node, f"{ARXIV}journal_ref", "journal reference", MAX_FIELD) or None,
+        _free(node, "comment"),
+        _free(node, "journal_ref"),
         _doi(node.findtext(f"{ARXIV}doi")),
         _category(primary) if primary is not None else None,
         tuple(dict.fromkeys(categories)),
@@ -192,6 +192,12 @@ def _text(node: Any, tag: str, name: str, limit: int) -> str:
     if "\ufffd" in text:
         raise ValueError(f"the {name} holds characters that are no text")
     return text
+
+
+def _free(node: Any, name: str) -> str | None:
+    """A field that a paper can do without: cut where it is too long, left out where it is no text."""
+    text = clean((node.findtext(f"{ARXIV}{name}") or "")[: 2 * MAX_FIELD])[:MAX_FIELD].strip()
+    return None if not text or "\ufffd" in text else text
 
 
 def _time(node: Any, name: str) -> datetime:

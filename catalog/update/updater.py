@@ -18,9 +18,8 @@ from latentcot.catalog.queue_store import (
     Decision,
     Folders,
     Near,
-    is_decided,
-    read_decisions,
-    read_queue,
+    read_candidate,
+    read_decision,
     write_candidate,
 )
 from latentcot.catalog.record import dump_json
@@ -53,14 +52,9 @@ class Updater:
     def run(self, only: list[str] | None = None) -> UpdateReport:
         """Read all queries, or those named in ``only``."""
         queries = self.config.chosen(only)
+        self._imagined: dict[str, Candidate] = {}  # what a dry run would have written
         with writing(self.folders) if not self.dry_run else _nothing():
             self._marks = read_watermarks(self.folders.watermarks)
-            self._decisions = read_decisions(self.folders)
-            self._queue = read_queue(self.folders)
-        if self.dry_run:  # a decision that was not carried out yet counts all the same
-            self._queue = {
-                k: c for k, c in self._queue.items() if not (d := self._decisions.get(k)) or not is_decided(c, d)
-            }
         self._known = Known(self.folders.records())
         self._seen: set[str] = set()
         self._confirmed: dict[str, bool] = {}
@@ -168,19 +162,23 @@ class Updater:
             if first and matches[0].rule != "arxiv id":
                 self.report.other_ids.append((entry.key, matches[0]))
             return
-        if (decision := self._decisions.get(entry.key)) and (again := reopened(decision, entry)) is None:
-            self.report.rejected += first
+        # Queue and decisions are looked up now, not at the beginning: a curator may be working while the feed is read.
+        decision = read_decision(self.folders, entry.key)
+        if decision is not None and (again := reopened(decision, entry)) is None:
+            self.report.known += first and decision.verdict == "accepted"
+            self.report.rejected += first and decision.verdict == "rejected"
             return
-        old = self._queue.get(entry.key)
+        old = self._imagined.get(entry.key) or read_candidate(self.folders, entry.key)
         candidate = self._candidate(query, entry, matches, old, again)
         if candidate.score.probability < self.config.queue_threshold and old is None:
             self.report.below += first
             return
         if candidate == old:
             return
-        if not self.dry_run:
+        if self.dry_run:
+            self._imagined[entry.key] = candidate
+        else:
             write_candidate(self.folders, candidate)
-        self._queue[entry.key] = candidate
         if old is None:
             line.new += 1
             self.report.new.append(candidate)

@@ -275,7 +275,6 @@ def test_hostile_feeds_are_refused_as_a_whole(data):
         ({"id": "http://arxiv.org/abs/2602.00001"}, "names no version"),
         ({"id": ""}, "not an arXiv identifier"),
         ({"author": "A" * 500}, "name of an author has 500 characters"),
-        ({"more": "<x:comment>" + "c" * 3000 + "</x:comment>"}, "the comment has 3,000 characters"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -320,6 +319,11 @@ def test_codes_that_are_no_categories_and_odd_dois_are_left_out():
     assert (found.categories, found.primary_category, found.doi) == (("cs.CL", "stat.ML"), "cs.CL", "10.1000/abc-1")
     assert only(feed(more="<x:doi>10.48550/arXiv.2602.00001</x:doi>")).doi is None
     assert only(feed(more="<x:doi>&lt;script&gt;</x:doi>")).doi is None
+
+
+def test_a_comment_that_is_too_long_is_cut_and_one_that_is_no_text_left_out():
+    assert only(feed(more="<x:comment>" + "c" * 3000 + "</x:comment>")).comment == "c" * 2000
+    assert only(feed(more="<x:comment>&#2;</x:comment>")).comment is None
 
 
 def test_prefixes_do_not_matter():

@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 
 from latentcot.catalog import find
+from latentcot.catalog.check import check_catalog
 from latentcot.catalog.feed_server import Fault, FeedServer, Version, paper
 from latentcot.catalog.feed_server.trial import (
     FakeClock,
@@ -23,7 +24,7 @@ from latentcot.catalog.feed_server.trial import (
     tree,
 )
 from latentcot.catalog.queue_store import Folders, read_candidate, read_queue
-from latentcot.catalog.review import reject
+from latentcot.catalog.review import accept, reject
 from latentcot.catalog.store import CatalogError
 from latentcot.catalog.update import updater as updater_module
 from latentcot.catalog.update.cache import PageCache, one_run
@@ -551,6 +552,29 @@ def test_a_rejected_paper_comes_back_only_with_another_title_or_category(make_up
     assert [item.key for item in report.new] == ["2602.00001"]
     assert "rejected on 2026-02-18" in (report.new[0].again or "")
     assert make_updater(fresh=True).run().outcome is Outcome.NOTHING_NEW
+
+
+@pytest.mark.parametrize("verdict", ["accepted", "rejected"])
+def test_what_a_curator_decides_while_the_feed_is_read_stays_decided(verdict, make_updater, folders, monkeypatch):
+    """2602.00002 is found by both queries; between them somebody judges it."""
+    run = make_updater()
+    real = run.client.page
+
+    def page(parameters, **rest):
+        candidate = read_candidate(folders, "2602.00002")
+        if "cs.CL" not in parameters["search_query"] and candidate is not None:
+            curator = Folders(folders.root)
+            if verdict == "accepted":
+                accept(curator, candidate, leaf="vertical/feedback", by="Ada", date="2026-02-18")
+            else:
+                reject(curator, candidate, reason="off-topic", by="Ada", date="2026-02-18")
+        return real(parameters, **rest)
+
+    monkeypatch.setattr(run.client, "page", page)
+    run.run()
+    assert "2602.00002" not in read_queue(folders)
+    assert len(read_queue(folders)) == 7
+    assert check_catalog(folders.papers).problems == []
 
 
 def test_a_new_version_of_a_candidate_updates_it_and_an_old_one_does_not(make_updater, server, folders):
