@@ -105,7 +105,7 @@ class ConvertedModel(nn.Module):
         rho, ahead = self.rho, self._ahead(z)
         if isinstance(self.model, HybridForCausalLM):
             context = SequenceContext.build(
-                *z.shape, z.device, attention_mask=real, visibility=Bidirectional(), rho=rho, ahead=ahead
+                z.shape[0], z.shape[1], z.device, attention_mask=real, visibility=Bidirectional(), rho=rho, ahead=ahead
             )
             hidden, _ = self.model.run(self.model.embed(z), context)
             hidden = self.model.model.normed(hidden, context)
@@ -178,7 +178,7 @@ def ar_to_diffusion(
     """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
-    if isinstance(anneal, int) and not isinstance(anneal, bool):
+    if isinstance(anneal, int):
         anneal = MaskAnnealing(anneal)
     config = model.config.get_text_config()
     if "hgrn" in getattr(config, "mixers", ()):
@@ -197,7 +197,7 @@ def prepare_mask_token(model: PreTrainedModel, mask_token: Literal["append"] | i
         ValueError: an id outside the vocabulary or one of the model's special tokens.
     """
     config = model.config.get_text_config()
-    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, union-attr, index]
     if mask_token == "append":
         mask_id = size
         model.resize_token_embeddings(size + 1, mean_resizing=False)

@@ -55,7 +55,13 @@ class Rollout:
             kept = [(where[r], z) for r, z in self.path if bool((where[r] >= 0).any())]
             path = tuple((r[r >= 0], z[r >= 0]) for r, z in kept)
         return Rollout(
-            *(t[rows] for t in (self.sequences, self.completion, self.real, self.valid, self.prompt_of, self.row)), path
+            self.sequences[rows],
+            self.completion[rows],
+            self.real[rows],
+            self.valid[rows],
+            self.prompt_of[rows],
+            self.row[rows],
+            path,
         )
 
 

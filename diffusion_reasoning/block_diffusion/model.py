@@ -300,7 +300,8 @@ class BlockDiffusionModel(nn.Module):
         if tokens.dim() != 2:
             raise ValueError(f"tokens: shape {list(tokens.shape)} given, expected [B, n]")
         context = SequenceContext.build(
-            *tokens.shape,
+            tokens.shape[0],
+            tokens.shape[1],
             tokens.device,
             attention_mask=attention_mask,
             visibility=form,

@@ -212,7 +212,7 @@ class BlockDiffusion(MaskedDiffusion):
             at = inside.nonzero(as_tuple=True)
             z[at[0], column[at]] = held[at]
             context = SequenceContext.build(
-                *x.shape, device, attention_mask=mask, visibility=self.model().form, streams=2
+                x.shape[0], x.shape[1], device, attention_mask=mask, visibility=self.model().form, streams=2
             )
             stream, recorded = self.backbone.embed(torch.cat([x, z])), {}
             for layer in range(len(self.backbone.model.layers)):

@@ -91,6 +91,8 @@ class _Run:
         self.given = ids
         self.allowed = None
         if allowed is not None:
+            if not isinstance(allowed, Tensor):
+                raise TypeError(f"allowed: a tensor is needed block by block, got {type(allowed).__name__}")
             expected = [*ids.shape, model.backbone.config.vocab_size]
             if list(allowed.shape) != expected or allowed.dtype != torch.bool:
                 raise ValueError(

@@ -105,7 +105,7 @@ def test_whatever_the_form_inside_a_block_with_and_without_convolutions(inside, 
         assert_same(make([name, "attention", name], changes=changes, inside=inside), *tokens())
 
 
-@pytest.mark.parametrize("block_length", [1, 2, 5, L, L + 5])
+@pytest.mark.parametrize("block_length", [1, 5, L + 5])
 def test_whatever_the_length_of_the_blocks(block_length):
     for shift in (False, True):
         assert_same(make(["gated_deltanet", "attention"], block_length, shift=shift), *tokens())
@@ -212,7 +212,7 @@ def test_a_shifted_next_token_loss_on_the_clean_stream_would_leak():
 # -- carried states ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stack", PURE | HYBRID)
+@pytest.mark.parametrize("stack", ["attention", "hgrn", "retnet", "gla", "hgrn2-attention", "gated_deltanet-attention"])
 def test_a_prompt_may_be_cut_at_any_border_of_blocks(stack):
     """Logits in fp32 to 1e-5, whole or in pieces."""
     model = make((PURE | HYBRID)[stack], dtype=torch.float32, shift=True)
@@ -220,7 +220,7 @@ def test_a_prompt_may_be_cut_at_any_border_of_blocks(stack):
     with torch.no_grad():
         start = model.init_state(2)
         expected = model.denoise(z[:, :4], model.commit(x, start))
-        for cut in (4, 8) if stack in ("attention", "gated_deltanet-attention") else (8,):
+        for cut in (4, 8):
             state = model.commit(x[:, cut:], model.commit(x[:, :cut], start))
             torch.testing.assert_close(model.denoise(z[:, :4], state), expected, rtol=0, atol=1e-5)
 
@@ -235,7 +235,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
     torch.testing.assert_close(model.denoise(z[:, :3], pieces), model.denoise(z[:, :3], whole), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("stack", ["attention", "gla", "gated_deltanet-attention", "hgrn", "retnet-attention"])
+@pytest.mark.parametrize("stack", ["attention", "gated_deltanet-attention", "hgrn"])
 def test_rows_of_any_length_are_the_rows_alone(stack):
     """Two-stream pass, prompts and blocks with padding: no row knows its neighbours."""
     model = make((PURE | HYBRID)[stack], shift=True)
