@@ -111,13 +111,17 @@ def everything_seen(z: Tensor) -> Tensor:
     return torch.zeros(z.shape[0], 1, z.shape[1], z.shape[1], dtype=torch.float64)
 
 
+def positions(base: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}, "attn_implementation": "eager"}
+
+
 def test_llada_computes_what_a_llama_without_a_causal_mask_does():
     tensors = weights("llada")
     model = load_diffusion_checkpoint(tensors, TINY["llada"])
     peer = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False, attn_implementation="eager",
+            rms_norm_eps=1e-5, tie_word_embeddings=False, **positions(5e5),
         )
     ).double()  # fmt: skip
     names = {
@@ -145,8 +149,7 @@ def test_dream_computes_what_a_qwen2_without_a_causal_mask_does_one_place_to_the
     peer = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=48, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False,
-            attn_implementation="eager",
+            intermediate_size=48, rms_norm_eps=1e-6, tie_word_embeddings=False, **positions(1e6),
         )
     ).double()  # fmt: skip
     peer.load_state_dict(tensors)

@@ -12,6 +12,7 @@ from latentcot.diffusion_reasoning import (
     FirstHitting,
     PassView,
     Quota,
+    ReMDM,
     Threshold,
     Uniform,
     diffusion_generate,
@@ -140,14 +141,14 @@ def test_own_values_have_names():
     )
     assert out.nfe.tolist() == [3]
     assert (seen[1] != 6).nonzero().squeeze(1).tolist() == [0, 3, 4]
-    for register, name, value in (
-        (register_quota, "two", Two),
-        (register_quota, "uniform", Uniform),
-        (register_order, "prob", lambda p: p.uniform),
-        (register_remask, "cap", lambda: None),
+    for taken in (
+        lambda: register_quota("two", Two),
+        lambda: register_quota("uniform", Uniform),
+        lambda: register_order("prob", lambda p: p.uniform),
+        lambda: register_remask("cap", ReMDM),
     ):
         with pytest.raises(ValueError, match="already"):
-            register(name, value)
+            taken()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import Tensor
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
@@ -188,7 +189,7 @@ def test_every_picture_draws():
     points = accuracy_by_steps(network, tokens(4, 2), lambda s: s[:, -1] == 1, low_confidence(4), [1, 2, 4])
     assert plot_nfe(points, label="confidence").get_legend() is not None
     assert plot_nfe(points, x="depth").get_xlabel() == "blocks one after the other"
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
     for call, says in (
         (lambda: plot_reveal_order(trajectory, row=3), "row: 3 given"),
         (lambda: plot_nfe([]), "points"),
@@ -208,7 +209,7 @@ def test_the_animation_fills_in():
     assert drawn[0][-1] == "step 1 of 5, 4 masked"
     assert drawn[0][:4] == drawn[-1][:4]
     assert "<img" in animation.to_jshtml(default_mode="once")
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
 
 
 def test_html_escapes_and_knows_every_step():
