@@ -4,6 +4,7 @@ Bad input is one line on standard error and exit code 2. ``check`` ends with 1 w
 """
 
 import sys
+from collections import Counter
 from typing import Annotated, get_args
 
 import typer
@@ -61,10 +62,15 @@ def search(
     limit: Annotated[int, typer.Option(help="The most papers to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Write the results as JSON.")] = False,
     as_bibtex: Annotated[bool, typer.Option("--bibtex", help="Write the results as BibTeX.")] = False,
+    counted: Annotated[
+        bool, typer.Option("--counts", help="Also tell how many of all found papers each leaf, year and facet has.")
+    ] = False,
 ) -> None:
     """Search titles, authors, topics and venues. Nothing you type is query syntax."""
     if as_json and as_bibtex:
         raise CatalogError("--json and --bibtex exclude each other")
+    if counted and as_bibtex:
+        raise CatalogError("--counts and --bibtex exclude each other")
     text = " ".join(query or [])
     filters = Filters(leaf, parse_facets(facet or []), *parse_years(year), venue, code, runnable, status, filed)
     if not text.strip() and filters == Filters():
@@ -78,11 +84,23 @@ def search(
             {"score": round(h.score, 6), "spans": h.spans, "record": h.record.model_dump(mode="json")}
             for h in result.hits
         ]
-        sys.stdout.write(dump_json({"query": text, "match": result.match, "total": result.total, "hits": hits}))
+        found = {"query": text, "match": result.match, "total": result.total, "hits": hits}
+        if counted:
+            found["counts"] = {name: dict(values.most_common()) for name, values in _counts(text, filters).items()}
+        sys.stdout.write(dump_json(found))
     elif as_bibtex:
         sys.stdout.write(bibtex.export(hit.record for hit in result.hits))
     else:
         _print_result(result)
+        if counted and result.hits:
+            for name, values in _counts(text, filters).items():
+                if values:
+                    shown = ", ".join(f"{value} {count}" for value, count in values.most_common(8))
+                    make_console().print(Text(f"{name}: {shown}", style="dim"))
+
+
+def _counts(text: str, filters: Filters) -> dict[str, Counter[str]]:
+    return default_index().counts(text, filters=filters)
 
 
 def _sort(text: str) -> Sort:

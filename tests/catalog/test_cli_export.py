@@ -115,5 +115,13 @@ def test_from_bib_tells_known_and_missing(tmp_path):
     assert "not there" in refused("from-bib", str(tmp_path / "no.bib"))
 
 
+def test_search_counts_all_found_papers():
+    data = json.loads(run("search", "looped transformers", "--limit", "2", "--json", "--counts").stdout)
+    assert len(data["hits"]) == 2
+    assert sum(data["counts"]["year"].values()) == data["total"] > 2
+    assert "leaf: " in run("search", "looped", "--counts").stdout
+    assert "--counts" in refused("search", "looped", "--counts", "--bibtex")
+
+
 def test_exported_bibtex_is_read_back():
     assert len(parse_string(run("export").stdout, "bibtex").entries) == len(load_records())
