@@ -5,6 +5,7 @@
 
 from latentcot.recurrent_depth.recursive_solvers.config import SolverConfig, hrm, trm
 from latentcot.recurrent_depth.recursive_solvers.optimisers import ArctangentAdam, SignDescent
+from latentcot.recurrent_depth.recursive_solvers.reasoner import HRMReasoner, SolverReasoner, TRMReasoner
 from latentcot.recurrent_depth.recursive_solvers.solver import PositionMLP, RecursiveSolver, SegmentOutput
 from latentcot.recurrent_depth.recursive_solvers.supervision import (
     IGNORED,
@@ -23,6 +24,7 @@ __all__ = [
     "IGNORED",
     "ArctangentAdam",
     "DeepSupervision",
+    "HRMReasoner",
     "PositionMLP",
     "RecursiveSolver",
     "SegmentLoss",
@@ -30,9 +32,11 @@ __all__ = [
     "SignDescent",
     "Solution",
     "SolverConfig",
+    "SolverReasoner",
     "SolverTraining",
     "SupervisionCarry",
     "SupervisionConfig",
+    "TRMReasoner",
     "TrainingResult",
     "hrm",
     "softmax_cross_entropy",
