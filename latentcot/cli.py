@@ -75,7 +75,8 @@ def compare_command(
         typer.Option(help="Comma-separated methods (mixers of a study, arms of `diffusion`) instead of the preset's."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="Another task instead of the preset's; for `depth`, some of its tasks.")
+        str | None,
+        typer.Option(help="Another task instead of the preset's; for `depth` and `diffusion`, some of theirs."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
     items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.")] = None,
@@ -93,13 +94,15 @@ def compare_command(
         from latentcot.compare.studies import run_study
 
         of_depth = preset.startswith("depth")
-        for name, value in (("task", None if of_depth else task), ("steps", steps), ("items", items)):
+        takes_task = of_depth or preset == "diffusion"
+        for name, value in (("task", None if takes_task else task), ("steps", steps), ("items", items)):
             if value is not None:
                 raise ValueError(f"--{name} belongs to other comparisons, not to {preset!r}")
         chosen = _names(task if of_depth else methods)
         if of_depth and methods is not None:
             raise ValueError(f"--methods: {preset!r} has the loop and its controls; --task chooses tasks")
-        run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, chosen, page)
+        parts = _names(task) if preset == "diffusion" else None
+        run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, chosen, page, parts)
         return
     if quick or page is not None:
         raise ValueError(f"--quick and --page belong to studies ({', '.join(STUDIES)}), not to {preset!r}")

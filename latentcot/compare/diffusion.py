@@ -88,7 +88,7 @@ def default_diffusion() -> DiffusionStudy:
                 classes.problem,
                 replace(_SHORT, learning_rate=2e-3),
                 64,
-                seconds=60.0,
+                seconds=40.0,
                 sizes=classes.sizes,
                 claim="Training has 8 of the 12 classes of grids up to relabelling, the test the other 4. Under all symmetries there are "
                 "two classes only, so this too is no claim about reasoning.",
@@ -101,12 +101,12 @@ def default_diffusion() -> DiffusionStudy:
                     "name": "countdown",
                     "options": {"min_difficulty": 3, "max_difficulty": 3, "largest": 9, "bound": 50},
                     "examples": 20_000,
-                    "test": 500,
+                    "test": 250,
                     "block": 6,
                 },
                 _SHORT,
                 64,
-                seconds=60.0,
+                seconds=40.0,
                 sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
                 claim="Numbers and targets of the test were not seen together in training; any expression that reaches the target counts.",
             ),
@@ -123,7 +123,7 @@ def default_diffusion() -> DiffusionStudy:
                 },
                 _SHORT,
                 64,
-                seconds=60.0,
+                seconds=40.0,
                 sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
                 claim="The steps are written, then the answer, modulo 7; lines of the prompt are in random order.",
             ),
@@ -148,12 +148,19 @@ def quick_diffusion() -> DiffusionStudy:
     return DiffusionStudy(tuple(parts))
 
 
-def select_arms(study: DiffusionStudy, arms: Sequence[str]) -> DiffusionStudy:
-    """The study with these arms alone, in the parts that have them. ``ValueError`` for an unknown one."""
-    for arm in arms:
+def select(study: DiffusionStudy, parts: Sequence[str] | None, arms: Sequence[str] | None) -> DiffusionStudy:
+    """The study with these parts and arms alone; parts that have none of the arms are left out. ``ValueError`` for an unknown one."""
+    known = [part.name for part in study.parts]
+    if unknown := sorted(set(parts or ()) - set(known)):
+        raise ValueError(f"parts: {unknown} unknown; the study has {', '.join(known)}")
+    for arm in arms or ():
         split_arm(arm)
-    parts = [replace(part, arms=tuple(arm for arm in part.arms if arm in arms)) for part in study.parts]
-    return DiffusionStudy(tuple(part for part in parts if part.arms))
+    kept = [
+        replace(part, arms=tuple(arm for arm in part.arms if arms is None or arm in arms))
+        for part in study.parts
+        if parts is None or part.name in parts
+    ]
+    return DiffusionStudy(tuple(part for part in kept if part.arms))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from latentcot.compare.diffusion import default_diffusion
 from latentcot.compare.plots import save_figures, style
 from latentcot.files import write_text
 
@@ -238,8 +239,23 @@ def diffusion_page(results: dict[str, Any], grids9: list[dict[str, Any]], pictur
     for part in results["parts"]:
         lines += _part_lines(results, part, pictures)
     lines += grids9_lines(grids9, pictures)
-    lines += ["## Repeat it", "", "```console", "$ latentcot compare diffusion", "```", ""]
+    lines += ["## Repeat it", "", "```console", f"$ latentcot compare diffusion{_options(results)}", "```", ""]
     return "\n".join(lines)
+
+
+def _options(results: dict[str, Any]) -> str:
+    """What the command had to be given where parts or arms of the study are missing."""
+    study = default_diffusion()
+    parts = [part["name"] for part in results["parts"]]
+    arms = list(dict.fromkeys(arm for part in results["parts"] for arm in part["arms"]))
+    every_part = len(parts) == len(study.parts)
+    every_arm = all(
+        len(part["arms"]) == len(own.arms)
+        for part in results["parts"]
+        for own in study.parts
+        if own.name == part["name"]
+    )
+    return ("" if every_part else f" --task {','.join(parts)}") + ("" if every_arm else f" --methods {','.join(arms)}")
 
 
 def write_diffusion_report(results: dict[str, Any], out: Path) -> Path:

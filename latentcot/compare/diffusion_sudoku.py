@@ -56,7 +56,7 @@ PRESETS = {
     "classes4": GridPreset(
         {
             "task": {"size": 4, "blanks": 12, "fewest_blanks": 6, "split_by": "grid"},
-            "test": 500,
+            "test": 250,
             "test_blanks": (6, 8, 10, 12),
         }
     ),

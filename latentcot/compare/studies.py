@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from latentcot.compare import depth_report
 from latentcot.compare.depth import default_depth, quick_depth, run_depth_study, select_tasks, sudoku9_depth
-from latentcot.compare.diffusion import default_diffusion, quick_diffusion, run_diffusion_study, select_arms
+from latentcot.compare.diffusion import default_diffusion, quick_diffusion, run_diffusion_study, select
 from latentcot.compare.diffusion_report import claim_lines as diffusion_claims
 from latentcot.compare.diffusion_report import diffusion_table, write_diffusion_report
 from latentcot.compare.hybrid_ratio import default_study, quick_study, run_ratio_study
@@ -28,6 +28,7 @@ def run_study(
     jobs: int | None = None,
     mixers: list[str] | None = None,
     page: Path | None = None,
+    tasks: list[str] | None = None,
 ) -> None:
     """Run a study into ``out``; started again with the same folder, it goes on.
 
@@ -36,6 +37,7 @@ def run_study(
         seeds: default 2 for ``hybrid-ratio`` and ``depth``, 1 for the others.
         mixers: instead of the study's; for ``depth`` and ``depth-sudoku9`` the tasks to run, for ``diffusion`` the arms.
         page: folder for the page and its plots; default ``out``. ``mqar`` has none.
+        tasks: of ``diffusion``, its parts to run.
 
     Raises:
         ValueError: whatever is wrong with the study, before anything runs.
@@ -59,7 +61,7 @@ def run_study(
         return
     if name == "diffusion":
         diffusion = quick_diffusion() if quick else default_diffusion()
-        diffusion = diffusion if mixers is None else select_arms(diffusion, mixers)
+        diffusion = select(diffusion, tasks, mixers)
         results = run_diffusion_study(diffusion, out, 1 if seeds is None else seeds, jobs, console)
         written = write_diffusion_report(results, page or out)
         console.print(diffusion_table(results))

@@ -26,7 +26,8 @@ def test_confidence_beats_a_random_order(solved):
 
 def test_a_threshold_saves_passes_and_few_points(solved):
     assert solved["threshold 0.9"]["nfe"] <= 0.7 * solved["confidence"]["nfe"]
-    assert solved["threshold 0.9"]["exact"] >= solved["confidence"]["exact"] - 0.1  # docs/log.md: two points were hoped for
+    # two points were hoped for, see docs/log.md
+    assert solved["threshold 0.9"]["exact"] >= solved["confidence"]["exact"] - 0.1
 
 
 def test_all_at_once_is_far_behind(solved):

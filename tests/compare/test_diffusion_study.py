@@ -11,7 +11,7 @@ from latentcot.compare.diffusion import (
     default_diffusion,
     quick_diffusion,
     run_diffusion_study,
-    select_arms,
+    select,
 )
 from latentcot.compare.diffusion_arms import ARMS, SAMPLERS, Sizes
 from latentcot.compare.diffusion_report import (
@@ -116,9 +116,12 @@ def test_the_default_study_has_every_arm_on_every_task():
     assert all(part.arms == ARMS for part in study.parts[1:])
     assert len({part.seconds for part in study.parts[1:]}) == 1
     assert len(quick_diffusion().parts) == 2
-    assert [p.arms for p in select_arms(study, ["masked-softmax"]).parts] == [("masked-softmax",)] * 4
+    assert [p.arms for p in select(study, None, ["masked-softmax"]).parts] == [("masked-softmax",)] * 4
+    assert [p.name for p in select(study, ["chain", "sanity4"], ["block-hybrid"]).parts] == ["chain"]
     with pytest.raises(ValueError, match="arm: 'masked' given"):
-        select_arms(study, ["masked"])
+        select(study, None, ["masked"])
+    with pytest.raises(ValueError, match=r"parts: \['maze'\] unknown; the study has sanity4"):
+        select(study, ["maze"], None)
 
 
 def test_without_a_gpu_the_page_says_how_to_run_it():
