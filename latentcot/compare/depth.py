@@ -10,9 +10,9 @@ same_parameters   the k blocks once (``direct``)                   its network, 
 same_flops        k r blocks of their own (``direct``)             a network so deep that it costs what a segment costs
 ================= ================================================ ================================================
 
-In the first column the looped stack is the stack of the control and nothing else: no adapter, no norm in the loop, s_0 = the embeddings,
-so that parameters (with ``same_parameters``) and FLOPs (with ``same_flops``) are equal exactly. In the second FLOPs are those of one
-segment, the unit of a training step; answers may take several, and the page says what they cost.
+In the first column the looped stack is the stack of the control and nothing else: no adapter, s_0 = the embeddings, the last norm also
+between turns, so that parameters (with ``same_parameters``) and FLOPs (with ``same_flops``) are equal exactly. In the second FLOPs are
+those of one segment, the unit of a training step; answers may take several, and the page says what they cost.
 
 Runs are jobs of :mod:`latentcot.compare.run`: one process each, a checkpoint while they train, ``result.json`` when they are done.
 """
@@ -57,6 +57,8 @@ class TokenPart:
     Args:
         task, options: by name, with its configuration.
         layers, recurrences: k and r.
+        readout: where the loop's norm is, see :class:`~latentcot.recurrent_depth.Readout`. Between turns it keeps the size of a state
+            from growing with r.
         width, heads, mlp_width: of the blocks, softmax attention with rotary positions.
         dial: numbers of recurrences that the looped stack is asked with.
         train: of the loop; ``seed`` is set for each run.
@@ -70,6 +72,7 @@ class TokenPart:
     train: TrainConfig
     layers: int = 1
     recurrences: int = 4
+    readout: str = "every_recurrence"
     width: int = 32
     heads: int = 2
     mlp_width: int = 64
@@ -108,7 +111,7 @@ class TokenPart:
             "coda": 0,
             "initial_state": "embedding",
             "injection": "none",
-            "readout": "none",
+            "readout": self.readout,
             "sampler": {"kind": "fixed", "mean": self.recurrences},
             "gradient_window": {"last": None},
             "monitor_every": max(1, self.train.steps // 10),
@@ -179,24 +182,30 @@ def _token_train(steps: int, rate: float = 5e-3) -> TrainConfig:
 
 
 def default_depth() -> DepthStudy:
-    """Tiny: stacks of one block and a few thousand parameters, for two CPU cores."""
+    """Tiny: stacks of one block and a few thousand parameters; some half an hour of two CPU cores that have nothing else to do."""
     solver = {"hidden_size": 48, "num_heads": 2, "multiple_of": 32, "mixing": "mlp", "prefix": 1, "cycles": 2}
     return DepthStudy(
         name="depth",
         parts=(
-            TokenPart("p_hop", {"alphabet": 4, "length": 10, "max_difficulty": 2}, _token_train(1500)),
+            TokenPart(
+                "p_hop",
+                {"alphabet": 4, "length": 12, "max_difficulty": 3},
+                _token_train(4000),
+                recurrences=6,
+                dial=(1, 2, 3, 4, 6, 8, 12),
+            ),
             TokenPart(
                 "chain",
-                {"modulus": 5, "distractors": 0, "variables": 5, "max_difficulty": 3},
-                _token_train(400),
+                {"modulus": 5, "distractors": 0, "variables": 5, "max_difficulty": 4},
+                _token_train(2000),
                 batch=64,
             ),
-            TokenPart("mano", {"modulus": 5, "max_difficulty": 3}, _token_train(400), batch=64),
+            TokenPart("mano", {"modulus": 5, "max_difficulty": 4}, _token_train(2000), batch=64),
             SudokuPart(
                 {"size": 4, "blanks": 8, "fewest_blanks": 3},
                 {**solver, "latent_updates": 2},
                 SolverTraining(
-                    steps=400, learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, average=0.98, grad_clip=1.0
+                    steps=2000, learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, average=0.98, grad_clip=1.0
                 ),
             ),
         ),

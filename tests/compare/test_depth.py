@@ -217,7 +217,7 @@ def test_verdicts_follow_from_figures_and_their_spread(done):
     assert "not told apart from same flops" in said[1] or "is level with same flops" in said[1]
     bar = p_hop_bar(clear)
     assert bar is not None
-    assert "met at p = 1, 2" in bar
+    assert "met at p = 1, 2, 3" in bar
     worse = with_accuracy(results, {"looped": (0.5, 0.51), "same_parameters": (0.9, 0.91), "same_flops": (0.5, 0.51)})
     assert "loses to same parameters" in verdicts(worse)[0]
     assert "not met" in str(p_hop_bar(worse))
