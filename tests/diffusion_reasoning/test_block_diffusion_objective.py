@@ -1,5 +1,8 @@
 """The loss of block diffusion: levels, clipped intervals, the bound by enumeration, autoregressive limit, bad input."""
 
+# Options go through dictionaries of mixed types, and weights of modules are tensors: a type checker can not know either.
+# pyright: reportArgumentType=false, reportIndexIssue=false
+
 import itertools
 import math
 

@@ -1,5 +1,8 @@
 """Policy gradient: estimators against enumeration and hand masks, the objective, rollouts, learning, bad input."""
 
+# Options go through dictionaries of mixed types, and weights of modules are tensors: a type checker can not know either.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 import itertools
 import math
 from dataclasses import replace
