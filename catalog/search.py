@@ -205,18 +205,19 @@ class SearchIndex:
         if not used or not size:
             return [], {}, "none"
         having = _Having(self._postings, self._stemmer)
-        strength = {place: having.typed(words[place], last=place == len(words) - 1) for place in used}
+        strength = {place: having.typed(words[place], last=place == len(words) - 1).copy() for place in used}
         idf = {place: np.log1p(size / (np.count_nonzero(m >= 0.3) + 0.5)) for place, m in strength.items()}
         has_all = bool(np.logical_and.reduce([m > 0 for m in strength.values()]).any())
         for start, end, others in terms.phrases(words):
             for phrase, factor in others:
-                if (other := having.phrase(phrase)) is not None:
-                    for place in range(start, end):
-                        if place in strength:
-                            # Having both the word and one of its meaning is a little better than having one.
-                            alike = other * np.float32(factor)
-                            both = np.float32(_BOTH) * np.minimum(strength[place], alike)
-                            strength[place] = np.maximum(strength[place], alike) + both
+                docs, alike = having.phrase(phrase)
+                alike = alike * np.float32(factor)
+                for place in range(start, end) if len(docs) else ():
+                    if place in strength:
+                        # Having both the word and one of its meaning is a little better than having one.
+                        own = strength[place][docs]
+                        both = np.float32(_BOTH) * np.minimum(own, alike)
+                        strength[place][docs] = np.maximum(own, alike) + both
         for place, parts in _shares(terms.phrases(words), strength).items():
             idf[place] /= parts
         every = np.logical_and.reduce([m > 0 for m in strength.values()])
@@ -325,13 +326,14 @@ class _Having:
             self._kept[word] = found
         return self._kept[word]
 
-    def phrase(self, words: Sequence[str]) -> Any:
-        """All of the words, or ``None`` where one of them is nowhere."""
+    def phrase(self, words: Sequence[str]) -> tuple[Any, Any]:
+        """Papers that have all of the words, and how well."""
         import numpy as np
 
         arrays = [self.word(word) for word in words]
         together = np.minimum.reduce(arrays) if len(arrays) > 1 else arrays[0]
-        return together if together.any() else None
+        docs = np.flatnonzero(together)
+        return docs, together[docs]
 
 
 def _shares(phrases: Iterable[Phrase], used: Container[int]) -> dict[int, int]:
