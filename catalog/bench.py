@@ -207,7 +207,9 @@ def machine() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m latentcot.catalog.bench", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m latentcot.catalog.bench", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of synthetic records")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     parser.add_argument("--keep", type=Path, help="folder to keep the synthetic records in for another run")

@@ -27,7 +27,24 @@ from latentcot.catalog.search_words import (
     query_words,
 )
 
-AWKWARD = ['latent', 'of', 'NEAR/3', '"a', 'OR', '-x', 'C++', '2412.06769v3', '10.1/x', 'ﬁ', 'é', 'İ', 'ß', '𝔏', '\u202e', '王']
+AWKWARD = [
+    "latent",
+    "of",
+    "NEAR/3",
+    '"a',
+    "OR",
+    "-x",
+    "C++",
+    "2412.06769v3",
+    "10.1/x",
+    "ﬁ",
+    "é",
+    "İ",
+    "ß",
+    "𝔏",
+    "\u202e",
+    "王",
+]
 QUERIES = json.loads((Path(__file__).parent / "graded_queries.json").read_text(encoding="utf-8"))
 
 
