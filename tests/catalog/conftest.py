@@ -14,11 +14,13 @@ from latentcot.catalog.feed_server.trial import (
     sample_papers,
     small_catalog,
     small_queries,
+    tree,
 )
 from latentcot.catalog.queue_store import Folders
 from latentcot.catalog.update.cache import PageCache
 from latentcot.catalog.update.client import FeedClient, Politeness
 from latentcot.catalog.update.queries import QueryFile
+from latentcot.catalog.update.report import Outcome
 from latentcot.catalog.update.updater import Updater
 
 
@@ -69,3 +71,15 @@ def make_updater(make_client: MakeClient, folders: Folders) -> MakeUpdater:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The catalog after one run that nothing disturbed."""
+    clock, folders = FakeClock(), small_catalog(tmp_path_factory.mktemp("expected") / "catalog")
+    with FeedServer([*busy_papers(), *sample_papers()], clock=clock) as server:
+        client = FeedClient(server.url, clock=clock, cache=PageCache(folders.cache, clock))
+        report = Updater(folders, client, small_queries(), PlainScorer()).run()
+    assert report.outcome is Outcome.NEW
+    assert len(report.new) == 8
+    return tree(folders.root)
