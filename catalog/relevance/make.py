@@ -36,7 +36,8 @@ def make_model(
         ValueError: the papers do not reach the months of the cuts.
     """
     say("reading titles")
-    corpus = Corpus(all_papers(load_records() if records is None else records))
+    records = load_records() if records is None else records
+    corpus = Corpus(all_papers(records))
     cuts, judged = cuts_in_time(corpus, _proposed, say)
     slope, offset = calibrate(judged)
     threshold = threshold_at(judged.scores[judged.negative], FALSE_POSITIVES)
@@ -48,6 +49,7 @@ def make_model(
         "positives": positives,
         "negatives": len(corpus.papers) - positives,
         "rejected": rejected,
+        "last_added": max(record.added for record in records),
         "threshold_from": f"{CUTS[-1][0]} to {CUTS[-1][1]}",
         "false_positives_at_threshold": FALSE_POSITIVES,
     }

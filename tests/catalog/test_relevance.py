@@ -14,6 +14,7 @@ from latentcot.catalog.cli import papers_app
 from latentcot.catalog.relevance import VERSION, score
 from latentcot.catalog.relevance.concepts import FAMILIES, concepts_in, load_concepts, priors
 from latentcot.catalog.relevance.data import (
+    DECISIONS,
     Paper,
     all_papers,
     background_papers,
@@ -31,8 +32,11 @@ from latentcot.catalog.relevance.train import Corpus, fit
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    return Corpus(all_papers(load_records()))
+def corpus(tmp_path_factory):
+    """What the committed model was trained on; papers that came later change nothing until it is trained anew."""
+    about = load_model().about
+    records = [record for record in load_records() if record.added <= about["last_added"]]
+    return Corpus(all_papers(records, DECISIONS if about["rejected"] else tmp_path_factory.mktemp("none")))
 
 
 @pytest.fixture(scope="module")
