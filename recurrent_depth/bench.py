@@ -427,20 +427,30 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def kept_rows(path: Path, sizes: Sizes) -> dict[str, Any]:
+    """Rows that the file holds of the same sizes, machine and versions: a run of some cases leaves the others as they are."""
+    if not path.is_file():
+        return {}
+    held = json.loads(path.read_text())
+    here = {**environment(), "date": held["environment"]["date"]}
+    return held["rows"] if (held["environment"], held["sizes"]) == (here, vars(sizes)) else {}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the page and its numbers."""
     sizes, out, names = parse(arguments)
     torch.set_num_threads(1)
-    rows: dict[str, Any] = {}
+    rows = kept_rows(out / "depth.json", sizes)
     with Progress() as progress:
         task = progress.add_task("cost of leaving early", total=len(names))
         for name in names:
             progress.update(task, description=name)
             with torch.no_grad():
                 case = cases(sizes)[name]()
-            rows[name] = measure(case, sizes.repeats)
+            rows[name] = {"date": environment()["date"], **measure(case, sizes.repeats)}
             # after every case, so that a run that is stopped has what it measured
             result = {"environment": environment(), "sizes": vars(sizes), "bar": BAR, "rows": rows}
+            result["rows"] = {known: rows[known] for known in cases(sizes) if known in rows}
             write_text(out / "depth.json", json.dumps(result, indent=1) + "\n")
             write_text(out / "depth.md", page(result))
             progress.advance(task)

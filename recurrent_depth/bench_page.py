@@ -23,6 +23,7 @@ COLUMNS = """\
 def page(result: Mapping[str, Any]) -> str:
     """Markdown of one run's ``depth.json``."""
     e, sizes, bar = result["environment"], result["sizes"], result["bar"]
+    dates = " and ".join(sorted({row.get("date", e["date"]) for row in result["rows"].values()}))
     lines = [
         "---",
         "hide: [navigation]",
@@ -32,7 +33,7 @@ def page(result: Mapping[str, Any]) -> str:
         "# Early exits",
         "",
         INTRODUCTION
-        + f"{e['date']}, {e['machine']}, {e['threads']} thread, PyTorch {e['torch']}, Python {e['python']}, {e['dtype']}. "
+        + f"{dates}, {e['machine']}, {e['threads']} thread, PyTorch {e['torch']}, Python {e['python']}, {e['dtype']}. "
         + f"{sizes['rows']} rows, prompts and sequences of {sizes['prompt']} tokens, width {sizes['width']}, "
         + f"vocabulary {sizes['vocab']}, "
         + f"at most {sizes['recurrences']} recurrences of two blocks; {sizes['tokens']} tokens decoded, the shortest of {sizes['repeats']} "

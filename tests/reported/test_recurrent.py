@@ -245,6 +245,7 @@ def test_R_3_what_a_token_that_stopped_at_loop_2_leaves_for_loops_3_and_4(gaps, 
     token = torch.tensor([[11]])
     monkeypatch.setattr(model.gate, "forward", lambda h: h[..., :1] * 0)
     states = model.unroll(token, use_cache=True).states
+    assert states is not None
     monkeypatch.setattr(model.gate, "forward", lambda h: torch.full((*h.shape[:2], 1), next(gates)))
     _, states, taken = model.read_token(token, states, 0.5)
     assert taken.tolist() == [2]
