@@ -153,9 +153,9 @@ def test_every_arm_learns_from_text(name, chain):
     out = arm.loss(batch, context)  # type: ignore[arg-type]
     out.loss.backward()
     assert out.flops > 0
-    for tensor in (arm.places.weight.grad, arm.backbone.lm_head.weight.grad):
-        assert tensor is not None
-        assert float(tensor.abs().sum()) > 0
+    for weight in (arm.places.weight, arm.backbone.lm_head.weight):
+        assert isinstance(weight.grad, torch.Tensor)
+        assert float(weight.grad.abs().sum()) > 0
 
 
 def test_a_paused_run_is_the_run_that_was_not(sudoku, tmp_path):
