@@ -186,7 +186,7 @@ def test_figures_and_page(done, tmp_path):
     assert last_monitors([]) == {}
     path = write_depth_report(results, tmp_path)
     text = path.read_text()
-    for line in (*verdicts(results), p_hop_bar(results), "## p_hop", "## sudoku", "| blanks |", "best shortcut"):
+    for line in (*verdicts(results), str(p_hop_bar(results)), "## p_hop", "## sudoku", "| blanks |", "best shortcut"):
         assert line in text
     pictures = sorted(p.name for p in (tmp_path / "depth").iterdir())
     assert pictures == [f"{task}-{kind}.png" for task in ("p_hop", "sudoku") for kind in ("dial", "exits", "levels")]

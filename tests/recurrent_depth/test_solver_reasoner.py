@@ -81,10 +81,12 @@ def test_training_carries_rows_over_steps_and_learns(name):
     other = TASK.batch("train", range(8, 16))
     second = reasoner.loss(other, context(1), first.carry)
     third = reasoner.loss(other, context(2), second.carry)
+    assert second.carry is not None
     assert torch.equal(second.carry.inputs["grid"], reasoner.grid(batch.prompts)["grid"])
     assert third.finished is not None
     assert third.finished.all()
     fourth = reasoner.loss(other, context(3), third.carry)
+    assert fourth.carry is not None
     assert torch.equal(fourth.carry.inputs["grid"], reasoner.grid(other.prompts)["grid"])
     assert first.flops == 8 * reasoner.solver.flops(TASK.limits.prompt_tokens + TASK.limits.answer_tokens)
 
