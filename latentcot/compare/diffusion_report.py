@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from latentcot.compare.diffusion import default_diffusion
+from latentcot.compare.diffusion_arms import SAMPLERS
 from latentcot.compare.plots import save_figures, style
 from latentcot.files import write_text
 
@@ -48,8 +49,8 @@ def cells(results: dict[str, Any], part: str) -> list[Cell]:
     found = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
         group = [run["solved"] for run in runs if run["arm"] == arm]
-        tests = list(group[0])
-        for sampler in group[0][tests[0]]:
+        tests = sorted(group[0], key=lambda name: [int(word) if word.isdigit() else 0 for word in name.split()])
+        for sampler in (name for name in SAMPLERS if name in group[0][tests[0]]):
             rows = {test: [solved[test][sampler] for solved in group] for test in tests}
             found.append(
                 Cell(
@@ -280,9 +281,17 @@ def _against_passes(axes: Any, found: list[Cell]) -> None:
         group = [cell for cell in found if cell.arm == arm]
         # the samplers that go by confidence make a line; the two fixed orders are points of their own
         line = sorted((c for c in group if c.sampler not in ("random order", "left to right")), key=lambda c: c.nfe)
-        axes.plot(
-            [c.nfe for c in line], [c.mean for c in line], dash, color=colour, marker=marker, ms=5, lw=1.2, label=arm
-        )
+        if line:
+            axes.plot(
+                [c.nfe for c in line],
+                [c.mean for c in line],
+                dash,
+                color=colour,
+                marker=marker,
+                ms=5,
+                lw=1.2,
+                label=arm,
+            )
         others = [c for c in group if c not in line]
         axes.scatter(
             [c.nfe for c in others],
