@@ -12,7 +12,7 @@ import pytest
 import rispy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lxml import etree
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 from pybtex.database import parse_string
 
 from latentcot.catalog import CatalogError, get, load_records, load_taxonomy

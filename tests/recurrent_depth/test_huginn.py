@@ -93,6 +93,8 @@ def reference(w, ids, start, r):
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
 def test_released_names_give_the_reference_logits(stored, dtype, atol):
+    # of ordinary size: wide weights make a loop amplify rounding, on some processors above the bound
+    stored = {name: 0.3 * t if name.endswith("weight") and t.dim() > 1 else t for name, t in stored.items()}
     model = load_huginn(stored, dtype=dtype)
     assert isinstance(model, DepthRecurrence)
     ids, start = torch.randint(0, V, (10,)), 0.6 * torch.randn(10, D)

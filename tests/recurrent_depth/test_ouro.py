@@ -170,6 +170,7 @@ def test_cached_steps_equal_the_whole_pass_in_single_precision(make_backbone, mi
     states = model.unroll(ids[:, :3], 4, use_cache=True).states
     scale = float(whole.abs().max())
     for t in range(3, 7):
+        assert states is not None
         hidden, states, _ = model.read_token(ids[:, t : t + 1], states, 1.0, 4)
         torch.testing.assert_close(model.backbone.lm_head(hidden) / scale, whole[:, t] / scale, atol=1e-5, rtol=0)
 

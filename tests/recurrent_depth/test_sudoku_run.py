@@ -23,6 +23,7 @@ from latentcot.recurrent_depth.recursive_solvers.sudoku_run import (
     prepare,
     run,
 )
+from latentcot.tasks.base import Split
 from latentcot.tasks.sudoku import SudokuConfig, SudokuTask, grid_metrics
 from latentcot.tasks.sudoku_rules import relabelled
 
@@ -153,7 +154,8 @@ def test_puzzles_are_made_once_and_are_those_of_the_task(tmp_path):
     task, file = SudokuTask(SudokuConfig(size=6, blanks=20)), tmp_path / "puzzles.safetensors"
     made = puzzle_sets(task, {"train": 25, "test": 3}, file)
     again = puzzle_sets(task, {"train": 25, "test": 3}, file)
-    for split, n in (("train", 25), ("test", 3)):
+    counts: dict[Split, int] = {"train": 25, "test": 3}
+    for split, n in counts.items():
         whole = task.grids(split, range(n))
         for name in ("inputs", "targets", "difficulty", "index"):
             assert torch.equal(getattr(made[split], name), getattr(whole, name))
