@@ -213,19 +213,27 @@ class MaskedDiffusion(Reasoner):
         knobs = dict(limits.knobs)
         count = knobs.pop("steps", None)
         if knobs:
-            raise ValueError(f"limits.knobs: {sorted(knobs)} unknown to masked_diffusion; valid: 'steps'")
+            raise ValueError(f"limits.knobs: {sorted(knobs)} unknown to {self.method}; valid: 'steps'")
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"limits.knobs: steps = {count!r} given, expected a positive integer")
         size = self.canvas_tokens(prompts.limits)
         if limits.new_tokens is not None:
             size = min(size, limits.new_tokens)
-        config = self._sampler(count, size, limits.sequential_passes)
+        config = self._canvas_sampler(count, size, limits.sequential_passes)
         row, maskable = self._rows(prompts, constant(prompts.ids, *[SPECIAL.mask] * size))
         device = None if generator is None else generator.device
         seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=device))
         seeds = seeds_from_tokens(row.ids, row.mask, seed)
-        out = diffusion_generate(self.backbone, row.ids, config, row.mask, maskable, row_seeds=seeds, hook=hook)
+        out = self._generate(row, maskable, config, seeds, hook)
         return row, out.sequences[maskable].view(len(prompts), size), out
+
+    def _canvas_sampler(self, steps: int | None, canvas: int, max_nfe: int | None) -> DiffusionGenerationConfig:
+        return self._sampler(steps, canvas, max_nfe)
+
+    def _generate(
+        self, row: Joined, maskable: Tensor, config: DiffusionGenerationConfig, seeds: Tensor, hook: Hook | None
+    ) -> DiffusionOutput:
+        return diffusion_generate(self.backbone, row.ids, config, row.mask, maskable, row_seeds=seeds, hook=hook)
 
     @torch.no_grad()
     def answer(

@@ -23,7 +23,6 @@ from latentcot.diffusion_reasoning.block_diffusion.objective import (
 )
 from latentcot.diffusion_reasoning.block_diffusion.sampler import block_generate
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
-from latentcot.diffusion_reasoning.noise import seeds_from_tokens
 from latentcot.diffusion_reasoning.reasoner import MaskedDiffusion
 from latentcot.diffusion_reasoning.samplers import DiffusionOutput, Hook
 from latentcot.reasoner import (
@@ -93,7 +92,7 @@ class BlockDiffusion(MaskedDiffusion):
                 raise ValueError(f"settings: {name} = {value!r} given, expected a positive integer")
         self.interval = WHOLE if own["interval"] is None else check_interval(tuple(own["interval"]))
         self.model()  # forms that the stack does not define fail here
-        self._block_sampler(None, 2, None)
+        self._canvas_sampler(None, 2, None)
 
     def model(self) -> BlockDiffusionModel:
         """The backbone as a block-diffusion model; it shares the weights."""
@@ -127,7 +126,7 @@ class BlockDiffusion(MaskedDiffusion):
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _block_sampler(self, steps: int | None, canvas: int, max_nfe: int | None) -> DiffusionGenerationConfig:
+    def _canvas_sampler(self, steps: int | None, canvas: int, max_nfe: int | None) -> DiffusionGenerationConfig:
         own = self.settings
         shared: dict[str, Any] = {"order": own["order"], "temperature": own["temperature"], "max_nfe": max_nfe}
         if own["threshold"] is not None:
@@ -137,29 +136,13 @@ class BlockDiffusion(MaskedDiffusion):
         count = max(count, blocks)
         return DiffusionGenerationConfig(steps=None if count >= canvas else count, **shared)
 
-    def _fill(
-        self, prompts: PromptBatch, limits: AnswerLimits, generator: torch.Generator | None, hook: Hook | None = None
-    ) -> tuple[Joined, Tensor, DiffusionOutput]:
-        knobs = dict(limits.knobs)
-        count = knobs.pop("steps", None)
-        if knobs:
-            raise ValueError(f"limits.knobs: {sorted(knobs)} unknown to block_diffusion; valid: 'steps'")
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"limits.knobs: steps = {count!r} given, expected a positive integer")
-        size = self.canvas_tokens(prompts.limits)
-        if limits.new_tokens is not None:
-            size = min(size, limits.new_tokens)
-        config = self._block_sampler(count, size, limits.sequential_passes)
-        row, maskable = self._rows(prompts, constant(prompts.ids, *[SPECIAL.mask] * size))
-        device = None if generator is None else generator.device
-        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=device))
-        seeds = seeds_from_tokens(row.ids, row.mask, seed)
-        with (
-            warnings.catch_warnings()
-        ):  # a block that the prompt shares is short, and may be given more steps than it has tokens
+    def _generate(
+        self, row: Joined, maskable: Tensor, config: DiffusionGenerationConfig, seeds: Tensor, hook: Hook | None
+    ) -> DiffusionOutput:
+        # a block that the prompt shares is short, and may be given more steps than it has tokens
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "steps: .* passes are more than there are tokens")
-            out = block_generate(self.model(), row.ids, config, row.mask, maskable, row_seeds=seeds, hook=hook)
-        return row, out.sequences[maskable].view(len(prompts), size), out
+            return block_generate(self.model(), row.ids, config, row.mask, maskable, row_seeds=seeds, hook=hook)
 
     @torch.no_grad()
     def answer(
