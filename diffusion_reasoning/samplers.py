@@ -72,7 +72,8 @@ def diffusion_generate(
             what they hold.
         logits_hook: ``(pass, rows, z, logits [R, L, V]) -> logits``, behind every network pass.
         tokens_hook: ``(pass, rows, z, logits) -> z [R, L]``, behind every denoising step: may write tokens, or the mask
-            again, at maskable positions.
+            again, at maskable positions. What it masks is predicted anew, in further passes if need be; in the last pass
+            that ``max_nfe`` leaves a row it has no effect.
         infer_from_mask: fill what holds the mask token, as published samplers do; for input whose given tokens never
             include it.
 
@@ -84,6 +85,7 @@ def diffusion_generate(
         ValueError: shapes that do not fit, nothing to fill, fewer steps than blocks, a position with no allowed token,
             a hook that changes what is given.
         FloatingPointError: NaN, or minus infinity everywhere, in the logits of a masked position; names pass and row.
+        RuntimeError: a tokens hook that never stops masking.
     """
     if infer_from_mask:
         if maskable is not None:

@@ -35,6 +35,7 @@ Allowed = Tensor | Callable[[int, Tensor], Tensor]
 Hook = Callable[[int, Tensor, Tensor], None]
 LogitsHook = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 _LOWEST = torch.finfo(torch.float64).min
+_PATIENCE = 16  # plans' worth of turns that a tokens hook may ask for by masking again
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,21 @@ class SamplerLoop:
         self.guess: Tensor | None = None  # the last full prediction, where the quota makes one
         self.reuse = self.quota.may_wait and not network.reads_time
         self.outputs: Tensor | None = None
+        self.asked = 0  # turns that a tokens hook has made necessary
 
     def run(self) -> None:
-        for number in range(self._most_turns()):
+        number, most = 0, self._most_turns()
+        while number < most + self.asked:
             rows = (self.block < self.plan.n_blocks).nonzero().squeeze(1)
             if not rows.numel():
                 break
+            if number >= _PATIENCE * most:
+                raise RuntimeError(
+                    f"tokens_hook: it still masks tokens again after {number} denoising steps, where the plan has {most}; "
+                    "let it come to an end, or bound the passes by max_nfe"
+                )
             self._turn(self._open(number, rows))
+            number += 1
         if bool(self.masked.any()):
             raise RuntimeError(
                 f"quota: {self.quota} revealed too little; masks are left in rows "
@@ -189,7 +198,10 @@ class SamplerLoop:
             back = turn.here & ~held & (draws < chance) & ~turn.ending[:, None]
             after, left = after.masked_fill(back, self.config.mask_id), left | back
         if self.hooks.tokens is not None:
-            after, left = self._rewritten(self.hooks.tokens(number, rows, after.clone(), logits), turn, after, left)
+            written, masks = self._rewritten(self.hooks.tokens(number, rows, after.clone(), logits), turn, after, left)
+            self.asked += int((masks & ~left).sum(1).max())
+            again = masks & turn.ending[:, None]  # no pass is left to fill them
+            after, left = torch.where(again, y, written), masks & ~again
         done = ~(left & turn.here).any(1)
         if self.remdm is not None:
             done = (done & turn.closing) | turn.ending  # until then a revealed token may still go back
@@ -209,6 +221,8 @@ class SamplerLoop:
         self.stale[rows] |= changed
         self.step[rows] = torch.where(done, 0, self.step[rows] + 1)
         self.block[rows] = torch.where(finished, self.plan.n_blocks[rows], self.block[rows] + done)
+        if self.hooks.tokens is not None:
+            self._reopen(rows, left)
         if self.recorder is not None and (passed or bool(changed.any())):
             seen = held | (self.canvas.maskable[rows] if self.quota.repredicts else False)
             self.recorder.record(rows, logits, seen, held, self.z, self.masked, self.nfe)
@@ -359,6 +373,14 @@ class SamplerLoop:
             at = (changed & ~maskable).nonzero()[0].tolist()
             raise ValueError(f"tokens_hook: it changed position {at[1]} of row {int(turn.rows[at[0]])}, which is given")
         return z, torch.where(changed, z == self.config.mask_id, left)
+
+    def _reopen(self, rows: Tensor, left: Tensor) -> None:
+        """Go back to the first block in which a tokens hook has masked something after it was finished."""
+        first = torch.where(left, self.plan.block_of[rows], self.plan.n_blocks[rows, None]).amin(1)
+        back = first < self.block[rows]
+        self.block[rows] = torch.where(back, first, self.block[rows])
+        self.step[rows] = torch.where(back, 0, self.step[rows])
+        self.asked += int(back.any()) * int(self.plan.n_blocks.max())  # the blocks between are passed once more
 
     def _at_fixed_point(self, turn: _Turn, y: Tensor, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows whose whole block is predicted as in the pass before are filled with that prediction."""

@@ -24,6 +24,7 @@ from latentcot.diffusion_reasoning import (
     unigram_entropy,
 )
 from latentcot.diffusion_reasoning.confidence import filter_logits
+from latentcot.diffusion_reasoning.samplers import LogitsHook
 from latentcot.diffusion_reasoning.stopping import degenerate
 
 V, MASK, EOS = 9, 6, 2
@@ -339,3 +340,36 @@ def test_a_network_that_predicts_the_mask_is_an_error_when_it_may_not():
 def test_bad_input_says_what_was_expected(call, says: str):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def masking_again(times: int, column: int) -> LogitsHook:
+    """A hook that masks one position behind the first ``times`` denoising steps."""
+
+    def hook(number: int, rows: Tensor, z: Tensor, logits: Tensor) -> Tensor:
+        if number < times:
+            z[:, column] = MASK
+        return z
+
+    return hook
+
+
+@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("times", [2, 4, 9])
+def test_what_a_tokens_hook_masks_again_is_predicted_again(times: int, block_length: int | None):
+    ids = tokens(2, 3)
+    config = low_confidence(4, block_length=block_length)
+    out = diffusion_generate(network, ids, config, tokens_hook=masking_again(times, 3))
+    assert not (out.sequences == MASK).any()
+    assert torch.equal(out.sequences[:, :3], ids)
+    assert (out.nfe >= max(4, times + 1)).all()
+
+
+def test_a_tokens_hook_that_masks_for_ever_is_bounded_by_max_nfe_and_named_without():
+    ids = tokens(2, 3)
+    hook = masking_again(10**6, 4)
+    out = diffusion_generate(network, ids, low_confidence(4, max_nfe=6), tokens_hook=hook)
+    assert not (out.sequences == MASK).any()
+    assert out.nfe.tolist() == [6, 6]
+    assert out.stopped.all()
+    with pytest.raises(RuntimeError, match=r"tokens_hook: it still masks tokens again after"):
+        diffusion_generate(network, ids, low_confidence(4), tokens_hook=hook)
