@@ -226,6 +226,19 @@ def flatness(rows: Sequence[dict[str, Any]], stack: str) -> float:
     return max(times) / min(times)
 
 
+def crossing(rows: Sequence[dict[str, Any]], stack: str) -> str:
+    """From which context on a stack makes more tokens a second than attention, in words."""
+    speed = {(row["stack"], row["context"]): row["tokens_a_second"] for row in rows}
+    contexts = sorted({row["context"] for row in rows})
+    slower = [c for c in contexts if speed[stack, c] <= speed["softmax", c]]
+    if not slower:
+        return f"The {stack} model is faster than attention at every context."
+    later = [c for c in contexts if c > slower[-1]]
+    if not later:
+        return f"The {stack} model is never faster than attention here."
+    return f"Up to {slower[-1]} tokens attention is faster than the {stack} model, from {later[0]} on it is slower."
+
+
 def render(runs: Sequence[dict[str, Any]]) -> str:
     """The page."""
     parts = [
@@ -267,7 +280,8 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
             f"{flatness(rows, 'linear'):.2f} times the fastest, of the hybrid {flatness(rows, 'hybrid'):.2f}, of attention "
             f"{flatness(rows, 'softmax'):.2f}. At {longest} tokens the linear model makes "
             f"{at['linear']['tokens_a_second'] / at['softmax']['tokens_a_second']:.1f} times the tokens a second of attention, the hybrid "
-            f"{at['hybrid']['tokens_a_second'] / at['softmax']['tokens_a_second']:.1f} times.\n"
+            f"{at['hybrid']['tokens_a_second'] / at['softmax']['tokens_a_second']:.1f} times. {crossing(rows, 'linear')} "
+            f"{crossing(rows, 'hybrid')}\n"
         )
     if not any(run["device"] == "cuda" for run in runs):
         parts.append("No run on a GPU has been published yet.\n")

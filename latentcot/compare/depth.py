@@ -132,6 +132,9 @@ class SudokuPart:
         batch: rows a step.
         dial: numbers of segments that the looped stack is asked with.
         level: what difficulty means: ``blanks`` (4x4, where all puzzles fall to singles) or ``guesses`` (the task's own classes).
+        same_flops_rate: learning rate of the control of equal FLOPs, which is deeper than the loop's network and learns nothing at a
+            rate that suits it; ``None`` = the loop's.
+        compiled: blocks through ``torch.compile``, for a GPU; speed alone.
     """
 
     options: Mapping[str, Any]
@@ -143,6 +146,8 @@ class SudokuPart:
     batch: int = 64
     dial: tuple[int, ...] = (1, 2, 4, 8, 16)
     level: Literal["blanks", "guesses"] = "blanks"
+    same_flops_rate: float | None = None
+    compiled: bool = False
 
     @property
     def task(self) -> str:
@@ -165,7 +170,17 @@ class SudokuPart:
         """A freshly initialised stack."""
         torch.manual_seed(seed)
         segments = self.segments if stack == "looped" else 1
-        return DeepSupervision(RecursiveSolver(self.solver(stack)), SupervisionConfig(segments=segments))
+        solver = RecursiveSolver(self.solver(stack))
+        if self.compiled:
+            solver.compile_blocks()
+        return DeepSupervision(solver, SupervisionConfig(segments=segments))
+
+    def train(self, stack: Stack, seed: int) -> SolverTraining:
+        """How a stack is trained."""
+        changes: dict[str, Any] = {"seed": seed}
+        if stack == "same_flops" and self.same_flops_rate is not None:
+            changes["learning_rate"] = self.same_flops_rate
+        return replace(self.training, **changes)
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,7 @@ def _token_train(steps: int, rate: float = 5e-3) -> TrainConfig:
 
 
 def default_depth() -> DepthStudy:
-    """Tiny: stacks of one block and a few thousand parameters; some half an hour of two CPU cores that have nothing else to do."""
+    """Tiny: stacks of one block and a few thousand parameters; about 40 minutes of a CPU core a seed (the loop of p-hop alone some six)."""
     solver = {"hidden_size": 48, "num_heads": 2, "multiple_of": 32, "mixing": "mlp", "prefix": 1, "cycles": 2}
     return DepthStudy(
         name="depth",
@@ -196,17 +211,27 @@ def default_depth() -> DepthStudy:
             ),
             TokenPart(
                 "chain",
-                {"modulus": 5, "distractors": 0, "variables": 5, "max_difficulty": 4},
-                _token_train(2000),
+                {"modulus": 5, "distractors": 0, "variables": 5, "max_difficulty": 3},
+                _token_train(3000),
+                recurrences=6,
+                dial=(1, 2, 3, 4, 6, 8, 12),
                 batch=64,
             ),
-            TokenPart("mano", {"modulus": 5, "max_difficulty": 4}, _token_train(2000), batch=64),
+            TokenPart(
+                "mano",
+                {"modulus": 5, "max_difficulty": 4},
+                _token_train(5000),
+                recurrences=6,
+                dial=(1, 2, 3, 4, 6, 8, 12),
+                batch=64,
+            ),
             SudokuPart(
                 {"size": 4, "blanks": 8, "fewest_blanks": 3},
                 {**solver, "latent_updates": 2},
                 SolverTraining(
                     steps=2000, learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, average=0.98, grad_clip=1.0
                 ),
+                same_flops_rate=1e-3,  # of 2e-3, 1e-3, 5e-4 and 2e-4 the one that it learns most with
             ),
         ),
     )
@@ -225,15 +250,16 @@ def quick_depth() -> DepthStudy:
 
 
 def sudoku9_depth() -> DepthStudy:
-    """Sudoku 9x9 by canonical grid, for an hour or two of a GPU (three stacks, each seed some twenty minutes)."""
+    """Sudoku 9x9 by canonical grid, for some ten minutes of a GPU a seed, before which puzzles take minutes of a processor."""
     part = SudokuPart(
         {"size": 9, "blanks": 54},
         {"hidden_size": 256, "num_heads": 4, "mixing": "mlp"},
         SolverTraining(
-            steps=20_000,
+            steps=4000,
             learning_rate=5e-4,
             warmup_steps=500,
             weight_decay=1.0,
+            average=0.99,
             grad_clip=1.0,
             precision="bfloat16",
         ),
@@ -242,6 +268,8 @@ def sudoku9_depth() -> DepthStudy:
         batch=256,
         dial=(1, 2, 4, 8, 16, 32),
         level="guesses",
+        same_flops_rate=1e-4,
+        compiled=True,
     )
     return DepthStudy("depth-sudoku9", (part,), "cuda")
 
@@ -271,6 +299,11 @@ class DepthJob:
         part = asdict(self.part)
         if isinstance(self.part, TokenPart):
             part["train"] = {k: v for k, v in part["train"].items() if k not in ("checkpoint_every", "log_every")}
+        else:
+            rate = part.pop("same_flops_rate")
+            del part["compiled"]
+            if self.stack == "same_flops" and rate is not None:
+                part["training"]["learning_rate"] = rate
         return json.loads(json.dumps({"part": part, "task": self.part.task, "stack": self.stack, "seed": self.seed}))
 
 

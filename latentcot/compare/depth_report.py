@@ -7,6 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from latentcot.compare.depth_grids import PICTURE, Found, grids_lines, read_grids, training_drawing
 from latentcot.compare.depth_summary import (
     DialSummary,
     StackSummary,
@@ -23,7 +24,10 @@ from latentcot.compare.hybrid_ratio_report import written
 from latentcot.compare.plots import save_figures, style
 from latentcot.files import write_text
 
-FOLDER = "depth"
+
+def _name(results: dict[str, Any]) -> str:
+    """Of the page and of its plots' folder; the quick variant has those of the whole study."""
+    return "depth-sudoku9" if results["study"]["name"] == "depth-sudoku9" else "depth"
 
 
 def _large(number: float) -> str:
@@ -50,11 +54,16 @@ def claim_lines(results: dict[str, Any]) -> list[str]:
     return verdicts(results) + ([] if bar is None else [bar])
 
 
-def page(results: dict[str, Any], pictures: str = FOLDER) -> str:
-    """The Markdown page; ``pictures`` is the folder of the plots as seen from it."""
+def page(results: dict[str, Any], pictures: str = "depth", larger: Found | None = None) -> str:
+    """The Markdown page; ``pictures`` is the folder of the plots as seen from it, ``larger`` what
+    :func:`~latentcot.compare.depth_grids.read_grids` found."""
     study, machine = results["study"], results["machine"]
     seconds = sum(run["training"]["seconds"] for run in results["runs"])
     lines = [
+        "---",
+        "description: A loop over depth against the same parameters once and the same FLOPs without a loop",
+        "---",
+        "",
         "# A loop over depth against its controls",
         "",
         "Does it help to run the same blocks again and again, and is it the loop or the compute? Each looped stack stands beside its own "
@@ -80,6 +89,7 @@ def page(results: dict[str, Any], pictures: str = FOLDER) -> str:
     ]
     for task in tasks_of(results):
         lines += _task_section(results, task, pictures)
+    lines += [] if larger is None else grids_lines(larger, pictures)
     lines += ["## Repeat it", "", "```console", f"$ latentcot compare {study['name']}", "```", ""]
     return "\n".join(lines)
 
@@ -95,12 +105,14 @@ def _setting(results: dict[str, Any], task: str) -> str:
             f"{part['train']['learning_rate']:g}; {part['items']} test examples of each difficulty."
         )
     sizes, training = part["sizes"], part["training"]
+    rate = part.get("same_flops_rate")
+    slower = "" if rate is None else f" (same flops: {rate:g}, since the deep network does not learn at the loop's)"
     return (
         f"* `{task}` ({options}, split by grid): TRM of width {sizes['hidden_size']}, {sizes.get('cycles', 3)} cycles of "
         f"{sizes.get('latent_updates', 6)} updates, {sizes.get('mixing', 'attention')} mixing, up to {part['segments']} segments; "
-        f"{training['steps']} steps of {part['batch']} grids from {part['puzzles']} puzzles under fresh symmetries, learning rate "
-        f"{training['learning_rate']:g}; {part['test']} test puzzles whose solutions belong to classes that training does not hold; "
-        "accuracy = whole grids."
+        f"{training['steps']} steps of {part['batch']} grids from {part['puzzles']} puzzles under fresh symmetries, learning "
+        f"rate {training['learning_rate']:g}{slower}; {part['test']} test puzzles whose solutions belong to classes that training does not "
+        "hold; accuracy = whole grids."
     )
 
 
@@ -181,21 +193,26 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]
 
 
 def write_depth_report(results: dict[str, Any], out: Path) -> Path:
-    """Write ``depth.md`` and ``depth/*.png`` into ``out``; returns the path of the page."""
+    """Write ``depth.md`` and ``depth/*.png`` (of the GPU study ``depth-sudoku9``) into ``out``; returns the path of the page. Results of
+    larger grids are read from ``depth/*.json`` there, see :mod:`~latentcot.compare.depth_grids`."""
     out.mkdir(parents=True, exist_ok=True)
+    name = _name(results)
+    larger = read_grids(out / name)
     drawings: dict[str, Callable[[Any], None]] = {}
     for task in tasks_of(results):
         rows, what = summarise_stacks(results, task), unit(results, task)
-        name = "blanks" if results["parts"][task].get("level") == "blanks" else "difficulty"
+        level = "blanks" if results["parts"][task].get("level") == "blanks" else "difficulty"
         without = {int(d): b["heuristic"] for d, b in results["baselines"][task].items()}
-        drawings[f"{task}-levels"] = lambda axes, r=rows, n=name, w=without: _levels(axes, r, n, w)
+        drawings[f"{task}-levels"] = lambda axes, r=rows, n=level, w=without: _levels(axes, r, n, w)
         if any(row.stack == "looped" for row in rows):
             dial = summarise_dial(results, task)
-            drawings[f"{task}-dial"] = lambda axes, d=dial, u=what, n=name: _dial(axes, d, u, n)
+            drawings[f"{task}-dial"] = lambda axes, d=dial, u=what, n=level: _dial(axes, d, u, n)
             drawings[f"{task}-exits"] = lambda axes, d=dial, u=what: _exits(axes, d, u)
-    save_figures(drawings, out / FOLDER)
-    path = out / "depth.md"
-    write_text(path, page(results))
+    if (drawing := training_drawing(larger)) is not None:
+        drawings[PICTURE] = drawing
+    save_figures(drawings, out / name)
+    path = out / f"{name}.md"
+    write_text(path, page(results, name, larger))
     return path
 
 

@@ -128,7 +128,7 @@ def _run_sudoku(job: DepthJob, part: SudokuPart, say: Report) -> dict[str, Any]:
     sets = puzzle_sets(task, {"train": part.puzzles, "test": part.test}, job.shared)
     model = part.model(job.stack, job.seed).to(job.device)
     draw = AugmentedPuzzles(task, sets["train"], part.batch, job.device, job.seed)
-    training = replace(part.training, seed=job.seed)
+    training = part.train(job.stack, job.seed)
 
     def each_step(step: int, _: float, loss: float) -> None:
         say(job.name, step, training.steps, f"loss {loss:.3f}")

@@ -88,6 +88,12 @@ def order_line(found: list[Cell], title: str) -> str | None:
     return f"{title}: {winner[0].lower()}{winner[1:]} by {100 * abs(gap):.1f} points: {figures}."
 
 
+def without_training(part: dict[str, Any]) -> str:
+    """What the best baseline of every test set has, in words: a claim below it is none."""
+    best_there = [max(figures.values(), default=0.0) for figures in part["baselines"].values()]
+    return f"without training {sum(best_there) / len(best_there):.3f}"
+
+
 def sampler_lines(found: list[Cell], title: str) -> list[str]:
     """On the masked softmax arm: confidence against random order, and what the threshold saves."""
     by = {cell.sampler: cell for cell in found if cell.arm == "masked-softmax"}
@@ -107,7 +113,7 @@ def claim_lines(results: dict[str, Any]) -> list[str]:
     for part in results["parts"]:
         found = cells(results, part["name"])
         if (line := order_line(found, part["title"])) is not None:
-            lines.append(line)
+            lines.append(f"{line[:-1]}; {without_training(part)}.")
         lines += sampler_lines(found, part["title"])
     return lines
 

@@ -16,7 +16,7 @@ extreme9  the same puzzles in the published sizes (width 512, batch 768, 1e-4): 
 On a GPU::
 
     python -m latentcot.recurrent_depth.recursive_solvers.sudoku_run --preset grids9 --device cuda --precision bfloat16 \\
-        --seconds 1500 --pause-after 520 --out out/sudoku9
+        --compile --average 0.99 --seconds 1500 --pause-after 520 --out out/sudoku9
 
 Making 2000 puzzles of 9x9 takes minutes of a processor before that; ``--prepare`` does it alone, on any machine, and the folder can
 be carried over. The command shows a progress bar, keeps a checkpoint in the folder and, started again, goes on; with ``--pause-after``
@@ -166,6 +166,7 @@ def run(
     device: str = "cpu",
     precision: str = "float32",
     average: float | None = None,
+    compiled: bool = False,
     out: Path | None = None,
     workers: int | None = None,
     quiet: bool = False,
@@ -181,6 +182,7 @@ def run(
         seed: of weights, batches and halting; not of the puzzles.
         device, precision: ``cpu`` or ``cuda``; ``float32`` or ``bfloat16`` (of matrix products in training).
         average: decay of the weight average instead of the preset's.
+        compiled: blocks through ``torch.compile``, see :meth:`RecursiveSolver.compile_blocks`.
         out: folder of the report, of ``puzzles.safetensors`` and of ``checkpoint.safetensors``, which training goes on from; ``None`` =
             nothing is written.
         workers: processes that make puzzles; default one a core for 9x9, none otherwise.
@@ -201,7 +203,10 @@ def run(
         sizes = {k: v for k, v in sizes.items() if k not in ("cycles", "latent_updates", "mixing")}
     config = (hrm if method == "hrm" else trm)(task.config.size + 2, task.config.size**2, **sizes)
     torch.manual_seed(seed)
-    model = DeepSupervision(RecursiveSolver(config), SupervisionConfig(**preset.supervision)).to(device)
+    solver = RecursiveSolver(config)
+    model = DeepSupervision(solver, SupervisionConfig(**preset.supervision)).to(device)
+    if compiled:
+        solver.compile_blocks()
     decay = {} if average is None else {"average": average}
     training = SolverTraining(
         steps=steps, seconds=seconds, seed=seed, precision=precision, **{**preset.training, **decay}
@@ -243,7 +248,7 @@ def run(
         "puzzles": preset.puzzles,
         "test_puzzles": preset.test,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "machine": _machine(device),
+        "machine": {**_machine(device), "compiled": compiled},
         "finished": result.finished,
         "steps": result.steps,
         "seconds": result.seconds,
@@ -276,7 +281,7 @@ def _puzzles(
     return puzzle_sets(task, {"train": preset.puzzles, "test": preset.test}, file, workers, console)
 
 
-def _machine(device: str) -> dict[str, str]:
+def _machine(device: str) -> dict[str, Any]:
     cuda = torch.device(device).type == "cuda"
     return {"torch": torch.__version__, "device": torch.cuda.get_device_name(device) if cuda else "cpu"}
 
@@ -321,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--average", type=float, help="decay of the weight average that answers")
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="blocks through torch.compile")
     parser.add_argument("--puzzles", type=int, help="distinct training puzzles instead of the preset's")
     parser.add_argument("--test", type=int, help="test puzzles instead of the preset's")
     parser.add_argument("--batch", type=int, help="rows a step instead of the preset's")

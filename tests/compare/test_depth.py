@@ -277,6 +277,17 @@ def test_the_command_line_refuses_what_does_not_belong(given, message, tmp_path)
     assert message in str(found.exception)
 
 
+def test_the_control_of_equal_flops_may_have_a_rate_of_its_own():
+    part = small().parts[-1]
+    assert isinstance(part, SudokuPart)
+    slower = replace(part, same_flops_rate=1e-5)
+    for stack in STACKS:
+        other = {"same_flops": 1e-5}.get(stack, part.training.learning_rate)
+        assert slower.train(stack, 3) == replace(part.training, learning_rate=other, seed=3)
+        one, two = (DepthJob(p, stack, 0).identity() for p in (replace(part, same_flops_rate=None), slower))
+        assert (one == two) == (stack != "same_flops"), "results of the other stacks stay results of this study"
+
+
 def test_names_and_numbers_that_are_none():
     jobs = plan(default_depth(), Path("out"), 2)
     assert len({job.name for job in jobs}) == len(jobs) == 4 * 3 * 2

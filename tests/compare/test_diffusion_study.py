@@ -94,8 +94,11 @@ def run_of(arm, exact, nfe=4.0):
 )
 def test_whoever_wins_is_named(causal, masked, verdict):
     runs = [run_of("autoregressive-softmax", causal), run_of("masked-softmax", masked)]
-    results = {"runs": runs, "parts": [{"name": "p", "title": "P"}], "seeds": 1}
-    assert verdict in claim_lines(results)[0]
+    results: dict = {"runs": runs, "seeds": 1}
+    results["parts"] = [{"name": "p", "title": "P", "baselines": {"a": {"x": 0.1, "y": 0.4}, "b": {"x": 0.2}}}]
+    line = claim_lines(results)[0]
+    assert verdict in line
+    assert line.endswith("; without training 0.300."), "the best of each test set, averaged"
     assert order_line(cells({"runs": runs[:1]}, "p"), "P") is None
 
 

@@ -544,3 +544,21 @@ def test_bad_inputs_are_named():
         model(carry, {**given, "more": given["at"]}, targets)
     with pytest.raises(ValueError, match="segments: 0 given"):
         model.solve(given, segments=0)
+
+
+@pytest.mark.parametrize("kind", ["hrm", "trm mlp"])
+def test_compiled_blocks_are_the_blocks(kind):
+    config = KINDS[kind]
+    plain, compiled = make(config), make(config)
+    compiled.compile_blocks(backend="eager")
+    inputs = inputs_for(config)
+    found = []
+    for solver in (plain, compiled):
+        (y, _), output = solver(solver.start(inputs), inputs)
+        grads = torch.autograd.grad(output.logits.square().sum() + y.sum(), list(solver.z_blocks.parameters()))
+        found.append([output.logits, output.halt, y, *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    average = torch.optim.swa_utils.AveragedModel(compiled)  # a copy of it answers after training
+    torch.testing.assert_close(average(compiled.start(inputs), inputs)[1].logits, found[0][0])
