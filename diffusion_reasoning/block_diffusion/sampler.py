@@ -142,19 +142,24 @@ class _Run:
         """Whether a row has blocks in front of its first one with something to fill, ``[B]``."""
         return self.plan.numbers[:, 0] > 0
 
+    def _commits(self) -> Tensor:
+        """Whether a pass reads something between each block to fill and the next one, ``[B, m - 1]``: the block itself or, where its last
+        denoising pass stands for that, blocks between the two in which everything is given."""
+        before, behind = self.plan.numbers[:, :-1], self.plan.numbers[:, 1:]
+        return (behind >= 0) & ((behind > before + 1) | self.model.exact)
+
     def _check_passes(self) -> None:
         most = self.config.max_nfe
         if most is None:
             return
         count = (self.plan.numbers >= 0).sum(1)
-        commits = (count - 1).clamp(min=0) if self.model.exact else torch.zeros_like(count)
-        needed = count + commits + self._reads_first()
+        needed = count + self._commits().sum(1) + self._reads_first()
         needed = torch.where(count > 0, needed, 0)
         if bool((needed > most).any()):
             row = int(needed.argmax())
             raise ValueError(
-                f"max_nfe: {most} given, but row {row} needs at least {int(needed[row])} passes: {int(count[row])} blocks, a commit "
-                f"between two of them and the reading of what is given in front"
+                f"max_nfe: {most} given, but row {row} needs at least {int(needed[row])} passes: {int(count[row])} blocks, and the "
+                f"reading of what stands in front of them and between two of them"
             )
 
     # -- passes ------------------------------------------------------------------------------------------------------
@@ -293,7 +298,9 @@ class _Run:
         if self.config.max_nfe is None:
             return torch.zeros_like(turn)
         later = (self.plan.numbers[rows] >= 0).sum(1) - turn - 1
-        return self.config.max_nfe - self.nfe[rows] - later * (2 if self.model.exact else 1)
+        commits = self._commits()[rows]
+        coming = torch.arange(commits.shape[1], device=rows.device) >= turn[:, None]
+        return self.config.max_nfe - self.nfe[rows] - later - (commits & coming).sum(1)
 
     def _hook(self, rows: Tensor) -> Hook | None:
         hook = self.hook

@@ -201,6 +201,19 @@ def test_bad_input_is_named():
         block_generate(model, ids, sampler(steps=2))
     with pytest.raises(ValueError, match="max_nfe: 5 given, but row 0 needs at least 6 passes"):
         block_generate(model, ids, sampler(max_nfe=5))
+
+
+@pytest.mark.parametrize("state_from", ["clean", "noisy_last"])
+def test_a_given_block_between_two_to_fill_counts_as_a_pass_and_stays_within_the_bound(state_from):
+    model, ids = make(block_length=2, state_from=state_from), prompts(1, 8)
+    maskable = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]).bool()
+    least = 5 if state_from == "clean" else 4  # three blocks; two commits, or one reading of what is given
+    for most in range(least, 9):
+        out = block_generate(model, ids, sampler(0, max_nfe=most), maskable=maskable)
+        assert int(out.nfe[0]) <= most
+        assert not (out.sequences == MASK).any()
+    with pytest.raises(ValueError, match=f"max_nfe: {least - 1} given, but row 0 needs at least {least} passes"):
+        block_generate(model, ids, sampler(0, max_nfe=least - 1), maskable=maskable)
     with pytest.raises(ValueError, match="mask_id: the sampler's is 7, the model's 6"):
         block_generate(model, ids, low_confidence(4, mask_id=7, eos_id=EOS))
     with pytest.raises(ValueError, match="block_length: 3 given"):
