@@ -24,6 +24,7 @@ from latentcot.diffusion_reasoning.corruption import check_maskable, precise, wi
 WHOLE = (1e-3, 1.0)
 WIDTHS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 REDRAWS = 10_000  # a possible share is found long before
+_SLACK = 1e-9  # of shares at the ends of an interval: 0.1 + 0.7 is a little less than 4/5
 
 Normalise = Literal["elbo", "answer", "tokens", "masked"]
 
@@ -138,7 +139,7 @@ def corrupt_blocks(
             )
         for _ in range(REDRAWS):
             share = count(masked).double() / sizes.clamp(min=1)
-            again = possible & ((share > high) | (share < low))
+            again = possible & ((share > high + _SLACK) | (share < low - _SLACK))
             if not bool(again.any()):
                 break
             masked = torch.where(again.gather(1, block_of), draw(), masked)
@@ -282,5 +283,6 @@ def _is_whole(interval: tuple[float, float]) -> bool:
 
 def _meets(sizes: Tensor, low: float, high: float) -> Tensor:
     """Blocks of which some number of tokens, at least one, is a share within the interval."""
-    least = (sizes.double() * low - 1e-9).ceil().clamp(min=1)
-    return (sizes > 0) & (least <= sizes.double() * high + 1e-9)
+    n = sizes.double()
+    least = (n * (low - _SLACK)).ceil().clamp(min=1)
+    return (sizes > 0) & (least <= n * (high + _SLACK))

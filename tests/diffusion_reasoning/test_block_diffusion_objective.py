@@ -73,6 +73,9 @@ def test_clipped_blocks_have_a_share_within_the_interval():
     part = torch.arange(22) % 8 < 2
     few = corrupt_blocks(x, 8, MASK, maskable=part & real, real=real, interval=(0.6, 0.9), generator=seeded())
     assert not (few.masked & ~part).any()
+    # four of five tokens, where the end of the interval is a rounding error below four fifths
+    four = corrupt_blocks(x[:, :5], 5, MASK, maskable=real[:, :5], real=real[:, :5], interval=(0.7, 0.1 + 0.7))
+    assert (four.masked.sum(1) == 4).all()
     with pytest.raises(ValueError, match="no number of 4 tokens is a share"):
         corrupt_blocks(x, 4, MASK, maskable=real, real=real, interval=(0.3, 0.45))
 
