@@ -195,7 +195,9 @@ def diffusion_loss(
             assert discrete_steps is not None
             a, gamma = focal
             left = (discrete_steps - (t * discrete_steps).round() + 1).to(per_token.dtype)[:, None]  # T - k
-            per_token = left * a * (-torch.expm1(-per_token)).pow(gamma) * per_token
+            # never quite 0: the slope of x^gamma there is infinite below gamma = 1, and what is certain has CE = 0
+            unsure = (-torch.expm1(-per_token)).clamp(min=torch.finfo(per_token.dtype).tiny)
+            per_token = left * a * unsure.pow(gamma) * per_token
         case "cart":
             per_token = cart_weights(noisy.masked, real, cart_p).clamp(min=cart_floor).to(per_token.dtype) * per_token
     match normalise:

@@ -110,6 +110,27 @@ def test_loss_equals_its_formula(normalise: str, weight: str):
     assert torch.equal(out.per_token > 0, out.masked)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_the_focal_factor_has_a_gradient_where_a_token_is_certain(gamma: float):
+    x0 = tokens(2, 3)
+    logits = (60.0 * torch.nn.functional.one_hot(x0, V)).requires_grad_()  # a cross-entropy of exactly 0
+    out = diffusion_loss(
+        lambda z, mask: logits,
+        x0,
+        schedule=NoiseSchedule(),
+        mask_id=MASK,
+        time="discrete",
+        discrete_steps=4,
+        weight="mgdm",
+        focal=(0.25, gamma),
+    )
+    out.loss.backward()
+    assert out.masked.any()
+    assert float(out.loss.detach()) == 0.0
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_a_batch_where_nothing_was_masked_has_zero_loss_with_a_gradient():
     weight = torch.ones((), requires_grad=True)
     out = diffusion_loss(
