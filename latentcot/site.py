@@ -7,6 +7,7 @@ site are written beside their place and renamed, so a failed build leaves the la
 The site is a feature of a checkout: the installed package has neither ``docs/`` nor ``mkdocs.yml``.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -262,6 +263,8 @@ def _run_mkdocs(
     from mkdocs.config import load_config
     from mkdocs.exceptions import MkDocsException
 
+    from latentcot.site_index import LightPages
+
     logger = logging.getLogger("mkdocs")
     collector = _Collector()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -269,10 +272,13 @@ def _run_mkdocs(
     logger.addHandler(collector)
     try:
         config = load_config(str(root / "mkdocs.yml"), docs_dir=str(source), site_dir=str(new), nav=nav, strict=strict)
+        config.plugins["latentcot/light-pages"] = LightPages()  # no part of mkdocs.yml: the site is the same without it
         config.plugins.run_event("startup", command="build", dirty=False)
+        gc.disable()  # the parsed packages are a million objects that stay; looking through them again and again is a tenth
         try:
             build(config)
         finally:
+            gc.enable()
             config.plugins.run_event("shutdown")
     except (MkDocsException, SystemExit) as error:
         found = collector.lines or [" ".join(str(error).split())]
