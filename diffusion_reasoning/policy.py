@@ -23,6 +23,7 @@ from latentcot.diffusion_reasoning.block_diffusion.sampler import block_generate
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
 from latentcot.diffusion_reasoning.noise import mix
 from latentcot.diffusion_reasoning.policy_estimators import LogprobEstimator, PathProbability, Rollout, find_estimator
+from latentcot.diffusion_reasoning.quota import Bernoulli
 from latentcot.diffusion_reasoning.samplers import diffusion_generate
 
 Reward = Callable[[Rollout], Tensor]
@@ -117,6 +118,7 @@ class DiffuGRPO:
                 raise ValueError(
                     f"estimator: it scores at temperature {self.estimator.temperature}, but the sampler draws at {sampler.temperature}"
                 )
+            _check_plain_draws(sampler)
         self.model, self.sampler = model, sampler
         self.group, self.clip, self.beta, self.inner_updates = group, clip, beta, inner_updates
         self.ratio, self.max_grad_norm, self.sync_every, self.seed = ratio, max_grad_norm, sync_every, seed
@@ -281,6 +283,26 @@ class DiffuGRPO:
         """Seeds of an iteration: 0 = completions, 1 + u = masks of inner update u."""
         address = torch.tensor([self.seed, self.iteration, stream])
         return int(mix(address[0] + mix(address[1] + mix(address[2]))))
+
+
+def _check_plain_draws(sampler: DiffusionGenerationConfig) -> None:
+    """``ValueError`` where a token is not a plain draw of the network's tempered distribution: what it was drawn from is not scored."""
+    quota = sampler.make_quota()
+    changed = {
+        "top_p": sampler.top_p not in (None, 1.0),
+        "top_k": sampler.top_k is not None,
+        "guidance": sampler.guidance > 0,
+        "carry": sampler.carry != "none",
+        "logits_eos_inf": sampler.logits_eos_inf,
+        "max_nfe": sampler.max_nfe is not None,  # its last pass takes the likeliest tokens
+        "quota": isinstance(quota, Bernoulli) and quota.last == "argmax",  # so does its end
+    }
+    if names := [name for name, on in changed.items() if on]:
+        given = ", ".join(f"{name} = {getattr(sampler, name)!r}" for name in names)
+        raise ValueError(
+            f"sampler: {given} given, but a path is scored by the network's own distribution, which its tokens must be drawn from; take "
+            f"another estimator"
+        )
 
 
 def _mean(values: Sequence[Tensor]) -> float:

@@ -77,6 +77,10 @@ def scorer(model: object, mask_id: int, temperature: float = 1.0) -> Score:
             return model.forward_two_stream(z, clean, None, real, at=at)
     else:
         denoise = as_denoiser(model)
+        if getattr(denoise, "time_conditioning", False):
+            raise ValueError(
+                "model: it reads the time, and a masked completion says none; take a network without time_conditioning"
+            )
         chosen = getattr(denoise, "at", None)
 
         def logits(z: Tensor, clean: Tensor, real: Tensor, at: Tensor) -> Tensor:
@@ -186,7 +190,8 @@ class Coupled:
 @dataclass(frozen=True)
 class PathProbability:
     """Log-probability of each token in the pass that revealed it, at the sampler's temperature: exact for the path that was taken, the
-    choice of positions left out. Needs a rollout with a recorded path, without re-masking, over a whole canvas."""
+    choice of positions left out. Needs a rollout with a recorded path, without re-masking, over a whole canvas, whose tokens are plain
+    draws: no top-k or top-p, guidance, carry, or tokens filled in by argmax."""
 
     temperature: float = 1.0
 

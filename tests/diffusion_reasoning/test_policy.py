@@ -370,3 +370,29 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="do not agree"):
         policy.load_state_dict({"iteration": 1, "ref": {}})
     assert diffusion_generate(model, batch.rollout.sequences[:, :4], sampler()).sequences.shape == (6, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.5},
+        {"top_k": 2},
+        {"guidance": 1.0},
+        {"carry": "hidden"},
+        {"logits_eos_inf": True},
+        {"max_nfe": 3},
+        {"quota": "bernoulli", "steps": 4},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_path_is_scored_only_where_its_tokens_are_plain_draws(options: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"sampler: {next(iter(options))} = .* which its tokens must be drawn from"):
+        DiffuGRPO(Table(), sampler(**options), estimator="path", beta=0.0)
+    DiffuGRPO(Table(), sampler(**options), estimator="elbo", beta=0.0)
+
+
+def test_a_network_that_reads_the_time_is_refused():
+    model = Table()
+    model.time_conditioning = True  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="model: it reads the time"):
+        OneStep()(model, some_rollout(), MASK, 0)
