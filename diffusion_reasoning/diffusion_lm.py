@@ -11,6 +11,7 @@ schedule, the shift of converted autoregressive models, time, and a carry from p
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,15 +241,24 @@ class DiffusionLM(PreTrainedModel):
     def generation_defaults(self, **changes: Any) -> DiffusionGenerationConfig:
         """LLaDA's sampler with this model's mask, end-of-text and block; keywords as for
         :func:`~latentcot.diffusion_reasoning.named_samplers.low_confidence`."""
-        return low_confidence(**{**self._own_fields(), "block_length": self.config.block_length, **changes})
+        return low_confidence(**{**self._own_fields(changes), "block_length": self.config.block_length, **changes})
 
-    def _own_fields(self) -> dict[str, Any]:
+    def _own_fields(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the model; ``ValueError`` where ``changes`` look for an end of text and the model has not just one."""
         config = self.config
         own: dict[str, Any] = {
             "mask_id": config.mask_token_id, "carry": config.carry, "schedule": config.noise_schedule
         }  # fmt: skip
         if isinstance(config.eos_token_id, int):
             own["eos_id"] = config.eos_token_id
+        elif "eos_id" not in changes and (
+            str(changes.get("stop")).startswith("eos")
+            or changes.get("logits_eos_inf")
+            or changes.get("confidence_eos_eot_inf")
+        ):
+            raise ValueError(
+                f"eos_id: the sampler looks for the end of a text, and the model's eos_token_id is {config.eos_token_id}; give one"
+            )
         return own
 
     def diffusion_generate(
@@ -317,7 +327,7 @@ class DiffusionLM(PreTrainedModel):
                 raise ValueError(f"config: given beside Dream's arguments {sorted(set(changes) & _DREAM)}; give one")
             if changes.get("alg", "origin") not in ("origin", *DREAM_ORDERS):
                 raise ValueError(f"alg: unknown algorithm {changes['alg']!r}; valid: origin, {', '.join(DREAM_ORDERS)}")
-            return dream(**{**self._own_fields(), **changes})
+            return dream(**{**self._own_fields(changes), **changes})
         if config is None:
             return self.generation_defaults(**changes)
         return replace(config, **changes) if changes else config

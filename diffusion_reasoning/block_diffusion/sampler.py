@@ -54,6 +54,9 @@ def block_generate(
     """
     ids, real, maskable = lay_out(input_ids, config.max_new_tokens, attention_mask, maskable)
     _check(model, config, real, maskable)
+    if not len(ids):
+        nothing = torch.zeros(0, dtype=torch.long, device=ids.device)
+        return DiffusionOutput(ids, nothing, nothing.bool(), exact=model.exact)
     run = _Run(model, config, ids, real, maskable, allowed, hook, _seeds(row_seeds, config.seed, ids))
     run.read_what_is_given()
     while run.next_block():

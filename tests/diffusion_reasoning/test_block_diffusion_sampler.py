@@ -232,3 +232,9 @@ def test_a_given_block_between_two_to_fill_counts_as_a_pass_and_stays_within_the
         model.backbone.lm_head.weight[9] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN"):
         block_generate(model, ids, sampler())
+
+
+def test_no_rows_are_no_rows():
+    out = block_generate(make(), prompts(0, 4), sampler(3))
+    assert out.sequences.shape == (0, 7)
+    assert out.nfe.shape == (0,)

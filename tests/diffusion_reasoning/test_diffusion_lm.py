@@ -320,3 +320,13 @@ def test_one_batch_in_a_hundred_is_cut():
         random_length(x, probability=2.0)
     with pytest.raises(ValueError, match="valid: mdlm"):
         find_recipe("llada")
+
+
+@pytest.mark.parametrize("eos", [[8, 9], None])
+def test_an_end_of_text_is_not_made_up_where_the_model_has_none_or_several(eos):
+    lm = model(eos_token_id=eos)
+    assert lm.diffusion_generate(ids(), max_new_tokens=2).sequences.shape == (2, 7)
+    for wanted in ({"stop": "eos_block"}, {"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}):
+        with pytest.raises(ValueError, match="eos_id: the sampler looks for the end of a text"):
+            lm.diffusion_generate(ids(), max_new_tokens=2, **wanted)
+        lm.diffusion_generate(ids(), max_new_tokens=2, eos_id=9, **wanted)
