@@ -8,9 +8,9 @@ its title, less in other fields, by its stem, by a word of the same or a near me
 
 for *N* papers of which :math:`n_w` have the word; bonuses go to papers with every word, to words that stand side by
 side in the title as in the query, to titles that hold little else, and to papers like the best ones (relevance
-feedback without a user: their topic and the title words they share). Nothing that a user types is query syntax. An
-identifier, address or citation key is looked up exactly before anything is ranked. Ties are broken by date, newest
-first, then by key.
+feedback without a user: the title words they share, and their topic, in which the words of the query have half a
+say). Nothing that a user types is query syntax. An identifier, address or citation key is looked up exactly before
+anything is ranked. Ties are broken by date, newest first, then by key.
 """
 
 import threading
@@ -27,6 +27,7 @@ from latentcot.catalog.leaves import load_taxonomy
 from latentcot.catalog.postings import FIELDS, STEMMED, Postings
 from latentcot.catalog.record import Record
 from latentcot.catalog.search_text import Snippet, Spans, Wanted, find_spans, marked, snippet
+from latentcot.catalog.search_topics import TopicWords
 from latentcot.catalog.search_words import (
     SAME_FACTOR,
     Phrase,
@@ -129,6 +130,7 @@ class SearchIndex:
             title_words = words_of(record.title)
             stems = self._stemmer.stem(title_words)
             self._title_stems.append(tuple(stems[word] for word in title_words))
+        self._topic_words = TopicWords(self._title_stems, [record.taxonomy.primary for record in self._papers])
 
     def search(
         self, query: str, *, filters: Filters | None = None, sort: Sort = "relevance", limit: int | None = 20
@@ -252,12 +254,14 @@ class SearchIndex:
         best = sorted(best[score[best] > 0].tolist())
         weights = {number: float(score[number]) for number in best}
         whole = sum(weights.values())
-        topics: dict[str, float] = {}
+        topics = self._topic_words.chances(asked)
+        parts = 2 if topics else 1  # the words and the best papers have half a say each
+        topics = {leaf: share / parts for leaf, share in topics.items()}
         stems: dict[str, float] = {}
         times: Counter[str] = Counter()
         for number, weight in weights.items():
             leaf = self._papers[number].taxonomy.primary
-            topics[leaf] = topics.get(leaf, 0.0) + weight / whole
+            topics[leaf] = topics.get(leaf, 0.0) + weight / whole / parts
             for stem in sorted(set(self._title_stems[number]).difference(asked, load_terms().ignored)):
                 if len(stem) > 2:
                     times[stem] += 1

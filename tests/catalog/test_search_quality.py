@@ -16,6 +16,7 @@ from latentcot.catalog import CatalogError, get, load_records
 from latentcot.catalog.search import SearchIndex, default_index, search
 from latentcot.catalog.search_quality import ndcg, reciprocal_rank
 from latentcot.catalog.search_text import Wanted, find_spans, snippet
+from latentcot.catalog.search_topics import TopicWords
 from latentcot.catalog.search_words import (
     Stemmer,
     fold,
@@ -73,7 +74,7 @@ def test_the_graded_set_is_as_large_as_it_says_and_half_of_it_is_held_out():
     "part",
     [
         "tune",
-        pytest.param("held-out", marks=pytest.mark.xfail(strict=True, reason="0.80 on 2026-11-30, see docs/log.md")),
+        pytest.param("held-out", marks=pytest.mark.xfail(strict=True, reason="0.81 on 2026-11-30, see docs/log.md")),
     ],
 )
 def test_graded_queries_reach_the_aim(part):
@@ -81,7 +82,21 @@ def test_graded_queries_reach_the_aim(part):
 
 
 def test_held_out_queries_do_not_get_worse():
-    assert fmean(topics("held-out")) >= 0.79
+    assert fmean(topics("held-out")) >= 0.805
+
+
+def test_all_graded_queries_together_do_not_get_worse():
+    assert fmean(topics("tune") + topics("held-out")) >= 0.84
+
+
+def test_chances_of_topics_by_hand():
+    words = TopicWords([["scan", "a"], ["scan", "b", "scan"], ["scan", "loop"], ["loop", "c"]], ["m", "m", "v", "v"])
+    # scan: 2 of 2 and 1 of 2 papers, 3 of 4 in all; with 2 papers of the average: (2 + 1.5) / 4 and (1 + 1.5) / 4.
+    assert words.chances(["scan"]) == pytest.approx({"m": 3.5 / 6, "v": 2.5 / 6})
+    # loop: (0 + 1) / 4 and (2 + 1) / 4.
+    assert words.chances(["scan", "loop", "scan", "new"]) == pytest.approx({"m": 3.5 / 11, "v": 7.5 / 11})
+    assert words.chances(["new"]) == {}
+    assert TopicWords([], []).chances(["scan"]) == {}
 
 
 def test_known_items_come_first():
