@@ -76,10 +76,13 @@ class Tail:
             return
         for name in ("keys", "values"):
             column = getattr(self.buffer, name)[:, :, self.at]
-            if donor is None:
+            given = None if donor is None else getattr(donor.buffer, name)[:, :, donor.at]
+            if given is None:
                 column.index_fill_(0, rows, 0)
+            elif len(rows) == len(column):
+                column.copy_(given)
             else:
-                column.index_copy_(0, rows, getattr(donor.buffer, name)[:, :, donor.at][rows])
+                column.index_copy_(0, rows, given.index_select(0, rows))
 
     @property
     def column(self) -> tuple[Tensor, Tensor]:
@@ -115,7 +118,7 @@ class OpenColumns(AttendedState):
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=shared)
         size = len(self.rows) * 2 * keys[0].numel() * keys.element_size()
         if self.runs is None or size < WORTH_A_CALL * len(self.runs):
-            keys, values = keys[self.rows], values[self.rows]
+            keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=shared)
         found, done = [], 0
         for first, last in self.runs:

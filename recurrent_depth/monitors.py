@@ -29,7 +29,8 @@ def relative_residual(previous: Tensor, state: Tensor) -> Tensor:
     if previous.shape != state.shape:
         raise ValueError(f"previous: shape {list(previous.shape)} given, expected that of state, {list(state.shape)}")
     tiny = torch.finfo(state.dtype).tiny
-    return (state - previous).norm(dim=-1) / state.norm(dim=-1).clamp(min=tiny)
+    length = torch.linalg.vector_norm  # Tensor.norm takes twice as long for the few rows of a decoding step
+    return length(state - previous, dim=-1) / length(state, dim=-1).clamp(min=tiny)
 
 
 def state_rms(state: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -83,8 +83,8 @@ class StepPass:
         self.filled = torch.zeros_like(self.taken)
         self.in_place = grows_in_place(past, self.new) and policy.kind not in ("always_last", "random")
         self.tails: dict[Place, Tail] = {}
-        everyone = torch.arange(self.batch, device=context.positions.device)
-        self._latest = Chosen(everyone, context, past.lengths, past.valid)
+        self.everyone = torch.arange(self.batch, device=context.positions.device)
+        self._latest = Chosen(self.everyone, context, past.lengths, past.valid)
         self.left: list[tuple[Tensor, int, dict[int, Tensor]]] = []
 
     # -- rows ----------------------------------------------------------------------------------------------------------
@@ -374,8 +374,7 @@ def run_pass(
         window: which of the ``most`` recurrences carry gradient.
     """
     passing = StepPass(loop, policy, state, context)
-    rows = torch.arange(len(start), device=start.device)
-    s, memory = start, None
+    rows, s, memory = passing.everyone, start, None
     without, _ = window.split(most)
     done_rows, done_states, done_before = [], [], []
     for i in range(most):
@@ -388,13 +387,13 @@ def run_pass(
             leaving = leaving & (i + 1 >= rule.min_steps)
         before, s = s, new
         if bool(leaving.any()):
-            done_rows.append(rows[leaving])
-            done_states.append(s[leaving])
-            done_before.append(before[leaving].detach())
-            passing.leave(rows[leaving], i + 1, {block: x[leaving] for block, x in inputs.items()})
-            stay = ~leaving
-            rows, s, embedded = rows[stay], s[stay], embedded[stay]
-            memory = None if memory is None else memory[stay]
+            gone, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
+            done_rows.append(rows.index_select(0, gone))
+            done_states.append(s.index_select(0, gone))
+            done_before.append(before.index_select(0, gone).detach())
+            passing.leave(done_rows[-1], i + 1, {block: x.index_select(0, gone) for block, x in inputs.items()})
+            rows, s, embedded = (t.index_select(0, stay) for t in (rows, s, embedded))
+            memory = None if memory is None else memory.index_select(0, stay)
             if not len(rows):
                 break
     order = torch.cat(done_rows).argsort()
