@@ -100,9 +100,12 @@ class SolverReasoner(Reasoner):
     def _defaults() -> dict[str, Any]:
         return {}
 
-    @staticmethod
-    def _published(vocab_size: int, length: int, changes: Mapping[str, Any]) -> SolverConfig:
-        raise NotImplementedError
+    @classmethod
+    def _published(cls, vocab_size: int, length: int, changes: Mapping[str, Any]) -> SolverConfig:
+        """The published configuration for these sizes, with ``changes``."""
+        raise NotImplementedError(
+            f"{cls.__name__} defines no _published; a sub-class returns the SolverConfig of its method from it, as TRMReasoner does"
+        )
 
     @property
     def solver(self) -> RecursiveSolver:
@@ -118,6 +121,10 @@ class SolverReasoner(Reasoner):
     def grid(self, prompts: PromptBatch) -> dict[str, Tensor]:
         """Inputs of the solver: ``grid [B, S]`` and ``mask [B, S]``; S follows from the task's limits alone."""
         limits = prompts.limits
+        if bool(prompts.mask[:, limits.prompt_tokens :].any()):
+            raise ValueError(
+                f"prompts: a prompt of {prompts.mask.shape[1]} tokens given, but the task's limits allow {limits.prompt_tokens}"
+            )
         if self.settings["form"] == "in_place":
             self._check_in_place(limits)
             ids, mask = _widened(prompts.ids, limits.prompt_tokens), _widened(prompts.mask, limits.prompt_tokens)
@@ -134,6 +141,10 @@ class SolverReasoner(Reasoner):
         """``[B, S]``: answers where they are read, ``<eos>`` behind a short one, ``IGNORED`` elsewhere."""
         limits = batch.prompts.limits
         width = limits.answer_tokens
+        if bool(batch.answer_mask[:, width:].any()):
+            raise ValueError(
+                f"batch: an answer of {batch.answer_mask.shape[1]} tokens given, but the task's limits allow {width}"
+            )
         answer, there = _widened(batch.answer_ids, width), _widened(batch.answer_mask, width)
         ends = torch.arange(width, device=answer.device) == batch.answer_mask.sum(1)[:, None]
         answer = answer.masked_fill(~there, IGNORED).masked_fill(ends, SPECIAL.eos)
@@ -156,11 +167,15 @@ class SolverReasoner(Reasoner):
         return self.model.begin(self.grid(batch.prompts), self.targets(batch))
 
     def loss(self, batch: TaskBatch, ctx: StepContext, carry: SupervisionCarry | None = None) -> LossOutput:
-        """One segment of every row; rows that are done start on the row of ``batch`` at their place. ``finished`` says which."""
+        """One segment of every row; rows that are done start on the row of ``batch`` at their place. ``finished`` says which.
+
+        FLOPs hold the pass after the segment that HRM's continue logit is compared with.
+        """
         inputs, targets = self.grid(batch.prompts), self.targets(batch)
         carry = self.model.begin(inputs, targets) if carry is None else carry
         result, after = self.model(carry, inputs, targets, ctx.generator)
-        flops = self.solver.flops(targets.shape[1]) * len(targets)
+        looks_ahead = self.solver.config.halting == "q_learning"
+        flops = self.solver.flops(targets.shape[1]) * len(targets) * (2 if looks_ahead else 1)
         return LossOutput(result.loss, result.parts, flops, after, result.finished)
 
     @torch.no_grad()
@@ -220,8 +235,8 @@ def _widened(rows: Tensor, width: int) -> Tensor:
 class TRMReasoner(SolverReasoner):
     """TRM as a method; see :class:`SolverReasoner`."""
 
-    @staticmethod
-    def _published(vocab_size: int, length: int, changes: Mapping[str, Any]) -> SolverConfig:
+    @classmethod
+    def _published(cls, vocab_size: int, length: int, changes: Mapping[str, Any]) -> SolverConfig:
         return trm(vocab_size, length, **changes)
 
 
@@ -233,6 +248,6 @@ class HRMReasoner(SolverReasoner):
     def _defaults() -> dict[str, Any]:
         return {"average": None}
 
-    @staticmethod
-    def _published(vocab_size: int, length: int, changes: Mapping[str, Any]) -> SolverConfig:
+    @classmethod
+    def _published(cls, vocab_size: int, length: int, changes: Mapping[str, Any]) -> SolverConfig:
         return hrm(vocab_size, length, **changes)

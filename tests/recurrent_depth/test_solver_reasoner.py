@@ -1,6 +1,7 @@
 """HRM and TRM as methods: layouts, the carry of training, answers and their price, saving."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,7 +89,8 @@ def test_training_carries_rows_over_steps_and_learns(name):
     fourth = reasoner.loss(other, context(3), third.carry)
     assert fourth.carry is not None
     assert torch.equal(fourth.carry.inputs["grid"], reasoner.grid(other.prompts)["grid"])
-    assert first.flops == 8 * reasoner.solver.flops(TASK.limits.prompt_tokens + TASK.limits.answer_tokens)
+    segments = 2 if name == "hrm" else 1  # the continue logit is compared with one more
+    assert first.flops == 8 * segments * reasoner.solver.flops(TASK.limits.prompt_tokens + TASK.limits.answer_tokens)
 
     report = train(
         reasoner,
@@ -158,3 +160,35 @@ def test_bad_values_are_named():
     with pytest.raises(ValueError, match="expected 0"):
         make().trace(TASK.batch("test", range(1)).prompts, Sites((2,)))
     assert math.isfinite(make().solver.flops(3))
+
+
+def test_the_look_ahead_of_the_continue_logit_is_paid_for():
+    batch = TASK.batch("train", range(4))
+    cells = TASK.limits.prompt_tokens + TASK.limits.answer_tokens
+    for name, passes in (("trm", 1), ("hrm", 2)):
+        reasoner = make(name)
+        calls: list[int] = []
+        reasoner.solver.head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        out = reasoner.loss(batch, context())
+        assert len(calls) == passes
+        assert out.flops == passes * 4 * reasoner.solver.flops(cells)
+
+
+def test_prompts_and_answers_beyond_the_limits_are_named_instead_of_cut():
+    reasoner, batch = make(), TASK.batch("train", range(2))
+    limits = TASK.limits
+    short = replace(limits, prompt_tokens=int(batch.prompts.mask.sum(1).max()) - 1)
+    with pytest.raises(ValueError, match=f"prompts: a prompt of .* but the task's limits allow {short.prompt_tokens}"):
+        reasoner.grid(replace(batch.prompts, limits=short))
+    wide = torch.cat([batch.answer_ids, batch.answer_ids], 1)
+    with pytest.raises(ValueError, match=f"batch: an answer of .* but the task's limits allow {limits.answer_tokens}"):
+        reasoner.targets(replace(batch, answer_ids=wide, answer_mask=torch.ones_like(wide, dtype=torch.bool)))
+
+
+def test_a_sub_class_without_a_configuration_is_told_what_to_define():
+    class Nothing(SolverReasoner):
+        method = "nothing"
+
+    config = make().backbone.config
+    with pytest.raises(NotImplementedError, match="Nothing defines no _published; a sub-class returns"):
+        Nothing(HybridForCausalLM(config))  # type: ignore[arg-type]
