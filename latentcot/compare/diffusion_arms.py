@@ -157,7 +157,9 @@ class Arm(Reasoner):
 
     def fill(self, canvas: Canvas, sampler: DiffusionGenerationConfig) -> tuple[Tensor, Tensor]:
         """``(filled ids [B, L], passes [B])``; what the canvas holds at maskable positions is not looked at."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no fill; an arm returns the filled canvas and the passes of each row from it"
+        )
 
 
 class AutoregressiveArm(Arm):
