@@ -18,6 +18,7 @@ from latentcot.catalog.filters import Filters
 from latentcot.catalog.leaves import load_taxonomy
 from latentcot.catalog.record import Record, dump_json
 from latentcot.catalog.search import Hit, Result, Sort, default_index
+from latentcot.catalog.search_words import clean_query
 from latentcot.catalog.store import CatalogError, get
 
 
@@ -73,7 +74,7 @@ def search(
         raise CatalogError("--counts and --bibtex exclude each other")
     text = " ".join(query or [])
     filters = Filters(leaf, parse_facets(facet or []), *parse_years(year), venue, code, runnable, status, filed)
-    if not text.strip() and filters == Filters():
+    if not clean_query(text) and filters == Filters():
         raise CatalogError("the query is empty: give words, an identifier or a filter such as --leaf")
     order = _sort(sort)
     if limit < 1:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from latentcot.catalog.record import Day, Key, Record, Slug, Text, Url, _Strict, dump_json
+from latentcot.catalog.record import Day, Key, Note, Record, Slug, Text, Url, _Strict, dump_json
 from latentcot.catalog.store import PAPERS, CatalogError, explain, read_records, write_atomic
 
 Moment = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")]
@@ -91,7 +91,7 @@ class Decision(_Strict):
     record: Key | None
     reason: Reason | None
     duplicate_of: Key | None
-    note: Annotated[str, StringConstraints(min_length=1, max_length=280)] | None
+    note: Note | None
     by: Text
     date: Day
     candidate: Candidate

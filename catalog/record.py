@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 SCHEMA_VERSION = 1
 
-Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^\S(?:.*\S)?$")]
+# One line without blanks at its ends and without control characters, which terminals obey.
+_LINE = r"^[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"
+Text = Annotated[str, StringConstraints(min_length=1, pattern=_LINE)]
+Note = Annotated[str, StringConstraints(min_length=1, max_length=280, pattern=_LINE)]
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(?:-[a-z0-9]+)*(?:/[a-z0-9]+(?:-[a-z0-9]+)*)?$")]
 Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s<>\"]+$")]
 Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]
@@ -147,7 +150,7 @@ class Record(_Strict):
     taxonomy: Taxonomy
     facets: Facets
     runnable: list[Runnable]
-    note: Annotated[str, StringConstraints(min_length=1, max_length=280)] | None
+    note: Note | None
     citekey: Citekey
     citekey_aliases: list[Citekey]
     sources: list[Source]

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 
 from latentcot.catalog.acceptance import build_record, carry_out, writing
+from latentcot.catalog.export.plain import one_line
 from latentcot.catalog.leaves import load_taxonomy
 from latentcot.catalog.queue_store import (
     REASONS,
@@ -123,6 +124,8 @@ def reject(
     """Decide that ``candidate`` does not belong here. It is not proposed again unless its title or primary category changes."""
     if reason not in REASONS:
         raise CatalogError(f"--reason expects one of {', '.join(REASONS)}, given {reason!r}")
+    if reason == "other" and not (note or "").strip():
+        raise CatalogError("the reason 'other' says nothing by itself: say why in a note (--note)")
     with writing(folders):
         if duplicate_of is not None:
             if reason != "duplicate":
@@ -162,7 +165,10 @@ def undo(folders: Folders, key: str) -> Decision:
         kept = folders.cache / "abstracts" / f"{key}.json"
         candidate = decision.candidate
         if kept.is_file():
-            full = Candidate.model_validate_json(kept.read_bytes())
+            try:
+                full = Candidate.model_validate_json(kept.read_bytes())
+            except ValueError:  # the cache may be lost or damaged at any time; the next update brings the abstract back
+                full = candidate
             candidate = full if full.model_copy(update={"abstract": None}) == candidate else candidate
         write_candidate(folders, candidate)
         if place is not None:
@@ -206,7 +212,7 @@ def _decision(
             {
                 "key": paper.key,
                 "verdict": verdict,
-                "note": note,
+                "note": one_line(note) or None if note else None,
                 "by": by,
                 "date": date,
                 "candidate": bare,

@@ -7,6 +7,7 @@ at 05:00 UTC; older pages are removed.
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -57,12 +58,8 @@ class PageCache:
         """Remove the pages of other days."""
         today = arxiv_day(self._clock.now())
         for day in sorted((self.folder / "pages").glob("????-??-??")):
-            if day.name != today:
-                for page in day.glob("*.xml"):
-                    page.unlink()
-                for left in day.glob(".*"):  # temporary names of a write that was killed
-                    left.unlink()
-                day.rmdir()
+            if day.name != today:  # with all that is in it: a cache is nobody's place to keep things
+                shutil.rmtree(day) if day.is_dir() and not day.is_symlink() else day.unlink()
 
     def last_request(self) -> datetime | None:
         """When this machine last asked arXiv anything, by any earlier run too."""

@@ -106,6 +106,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert "empty" in refused("search", "")
     assert "empty" in refused("search")
     assert "empty" in refused("search", "  ")
+    assert "empty" in refused("search", "\x01\udcff")
     assert "2412.06769" in refused("show", "2412.06768")
     assert "no paper is called" in refused("show", "nothing-of-the-kind")
     assert "empty" in refused("show", " ")

@@ -210,6 +210,9 @@ def test_shared_repository_names_no_paper():
     [
         ({"title": ""}, "title"),
         ({"title": " padded "}, "title"),
+        ({"title": "red \x1b[31m title"}, "title"),
+        ({"title": "two\nlines"}, "title"),
+        ({"note": "two\nlines"}, "note"),
         ({"version": 0}, "version"),
         ({"version": "2"}, "version"),
         ({"status": "gone"}, "status"),

@@ -141,6 +141,22 @@ def test_undo_without_the_cache_loses_only_the_abstract(queued):
     assert read_candidate(queued, "2602.00001") == candidate(abstract=None)
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]"])
+def test_undo_with_a_damaged_cache_loses_only_the_abstract(damage, queued):
+    accept(queued, candidate(), leaf="vertical/feedback", by="Ada", date=DAY)
+    (queued.cache / "abstracts" / "2602.00001.json").write_bytes(damage)
+    undo(queued, "2602.00001")
+    assert find_candidate(queued, "2602.00001") == candidate(abstract=None)
+
+
+def test_notes_are_one_line_without_control_characters(queued):
+    note = " two\nlines\x1b[31m \t red "
+    accept(queued, candidate(), leaf="vertical/feedback", by="Ada", date=DAY, note=note)
+    assert record(queued, "2602.00001").note == "two lines [31m red"
+    decision = reject(queued, candidate(2), reason="off-topic", by="Ada", date=DAY, note="\n\x07")
+    assert decision.note is None
+
+
 def test_undo_does_not_remove_what_somebody_has_edited(queued):
     accept(queued, candidate(), leaf="vertical/feedback", by="Ada", date=DAY)
     write_record(record(queued, "2602.00001").model_copy(update={"note": "Edited."}), queued.papers)
@@ -245,6 +261,12 @@ def test_bad_decisions_are_refused_before_anything_is_written(queued):
         reject(queued, candidate(), reason="duplicate", by="Ada", date=DAY, duplicate_of="2412.99999")
     with pytest.raises(CatalogError, match="note"):
         reject(queued, candidate(), reason="other", by="Ada", date=DAY, note="x" * 281)
+    for nothing in (None, "", " \n"):
+        with pytest.raises(CatalogError, match="say why in a note"):
+            reject(queued, candidate(), reason="other", by="Ada", date=DAY, note=nothing)
+    for nothing in (None, "", " \n"):
+        with pytest.raises(CatalogError, match="say why in a note"):
+            reject(queued, candidate(), reason="other", by="Ada", date=DAY, note=nothing)
     with pytest.raises(CatalogError, match="note"):
         accept(queued, candidate(), leaf="vertical/feedback", by="Ada", date=DAY, note="x" * 281)
     known = candidate(key="2412.06769", arxiv="2412.06769")
@@ -298,6 +320,7 @@ def test_flags_list_show_accept_reject_and_undo(queued):
         (["accept", "2602.99999"], "no candidate is called"),
         (["accept", "2602.00001", "--leaf", "nowhere"], "no leaf has the slug"),
         (["reject", "2602.00001", "--reason", "boring"], "--reason expects"),
+        (["reject", "2602.00001", "--reason", "other"], "say why in a note"),
         (["undo", "2602.00001"], "has no decision"),
         (["undo", "x"], "is not an arXiv identifier"),
         (["accept", "2602.00001", "--by", " "], "who decides"),

@@ -24,7 +24,7 @@ from latentcot.catalog.queue_store import Folders, read_candidate, read_queue
 from latentcot.catalog.review import accept, reject
 from latentcot.catalog.store import CatalogError
 from latentcot.catalog.update import updater as updater_module
-from latentcot.catalog.update.cache import one_run
+from latentcot.catalog.update.cache import PageCache, arxiv_day, one_run
 from latentcot.catalog.update.queries import read_watermarks
 from latentcot.catalog.update.report import Outcome
 from latentcot.catalog.update.summary import harmless, markdown
@@ -183,6 +183,18 @@ def test_resumable_after_a_real_kill_and_no_temporary_names_stay(
     with one_run(folders.cache):  # the lock died with its holder
         make_updater().run()
     assert tree(folders.root) == expected
+
+
+def test_whatever_lies_in_the_cache_of_another_day_stops_nothing(folders, clock):
+    pages = folders.cache / "pages"
+    kept = pages / arxiv_day(clock.now())
+    for place in (kept, pages / "2020-01-01" / "folder", pages / "2021-01-01"):
+        place.mkdir(parents=True)
+        (place / "stray.txt").write_text("x")
+    (pages / "2022-01-01").write_text("a file")
+    PageCache(folders.cache, clock).remove_old()
+    assert [path.name for path in pages.iterdir()] == [kept.name]
+    assert (kept / "stray.txt").is_file()
 
 
 def test_two_runs_at_the_same_time_are_refused(folders):
