@@ -109,6 +109,9 @@ def from_bib(
     from latentcot.catalog.from_bib import compare_bib, read_bib
 
     entries, problems = read_bib(file)
+    if problems and not entries:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CatalogError(f"{file}: no entry could be read: {problems[0]}{more}")
     compared = compare_bib(entries, problems=problems, score=score)
     for problem in problems:
         print(f"{file}: {problem}", file=sys.stderr)

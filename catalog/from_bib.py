@@ -22,6 +22,8 @@ from latentcot.catalog.venues import parse_venue
 
 MOST_BYTES = 64 * 1024 * 1024
 _ARXIV = re.compile(r"arxiv[.:\s/]*(?:abs/|pdf/)?\s*((?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[a-z]{2})?/\d{7})(?:v\d+)?)", re.I)
+_ENTRY = re.compile(r"^(?=[ \t]*@\w+\s*[{(])", re.MULTILINE)
+_UNCLOSED = "premature end of file"
 _PLACES = ("url", "howpublished", "note", "journal", "booktitle", "series", "volume", "number", "pages", "archive")
 
 Outcome = Literal["known", "likely", "missing"]
@@ -94,6 +96,26 @@ def read_bib(path: Path) -> tuple[list[Entry], list[str]]:
 
 def parse_bib(text: str) -> tuple[list[Entry], list[str]]:
     """As :func:`read_bib`, from text."""
+    raw_entries, problems = _parse(text)
+    if any(_UNCLOSED in problem for problem in problems):
+        # A brace that is never closed takes the rest of the file with it: without its entry the others are there.
+        text, lines = _without_unclosed(text)
+        raw_entries, problems = _parse(text)
+        problems = [*(f"the entry in line {line} is not closed: passed over" for line in lines), *problems]
+    entries = []
+    for key, raw in raw_entries.items():
+        entry = _entry(key, raw)
+        if entry.title or entry.arxiv or entry.doi or entry.addresses:
+            entries.append(entry)
+        else:
+            problems.append(f"the entry {entry.key!r} has neither title nor identifier")
+    if not entries and not problems and text.strip():
+        problems.append("no BibTeX entry was found in the file")
+    return entries, problems
+
+
+def _parse(text: str) -> tuple[dict[str, Any], list[str]]:
+    """pybtex's entries by key, and what it complains about."""
     try:
         from pybtex import errors
         from pybtex.database.input.bibtex import Parser
@@ -104,21 +126,23 @@ def parse_bib(text: str) -> tuple[list[Entry], list[str]]:
         ) from None
     with errors.capture() as captured:
         try:
-            data = Parser().parse_string(text)
+            entries = dict(Parser().parse_string(text).entries.items())
         except PybtexError as error:
             captured.append(error)
-            data = None
-    problems = [one_line(str(error)) for error in captured]
-    entries = []
-    for key, raw in data.entries.items() if data is not None else ():
-        entry = _entry(key, raw)
-        if entry.title or entry.arxiv or entry.doi or entry.addresses:
-            entries.append(entry)
-        else:
-            problems.append(f"the entry {entry.key!r} has neither title nor identifier")
-    if not entries and not problems and text.strip():
-        problems.append("no BibTeX entry was found in the file")
-    return entries, problems
+            entries = {}
+    return entries, [one_line(str(error)) for error in captured]
+
+
+def _without_unclosed(text: str) -> tuple[str, list[int]]:
+    """``text`` with empty lines in place of the entries that are never closed, and the lines where those begin."""
+    parts, lines, line = [], [], 1
+    for part in _ENTRY.split(text):
+        if any(_UNCLOSED in problem for problem in _parse(part)[1]):
+            lines.append(line)
+            part = "\n" * part.count("\n")
+        line += part.count("\n")
+        parts.append(part)
+    return "".join(parts), lines
 
 
 def _entry(key: str, entry: Any) -> Entry:

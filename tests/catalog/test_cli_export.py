@@ -113,6 +113,10 @@ def test_from_bib_tells_known_and_missing(tmp_path):
     assert data["counts"] == {"known": 2, "likely": 0, "missing": 1}
     assert [entry["key"] for entry in data["entries"]] == ["2412.06769", "2502.05171", None]
     assert "not there" in refused("from-bib", str(tmp_path / "no.bib"))
+    file.write_bytes(b"\xff@{@(")
+    assert "no entry could be read: not UTF-8 from byte 0 on: read as Latin-1 (and " in refused("from-bib", str(file))
+    file.write_text("")
+    assert run("from-bib", str(file)).exit_code == 0
 
 
 def test_search_counts_all_found_papers():

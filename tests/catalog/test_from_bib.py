@@ -84,7 +84,9 @@ def test_another_paper_is_missing_and_gets_a_proposal(monkeypatch):
 
 
 def test_damaged_entries_are_told_and_the_others_read():
-    text = "@misc{good, title={One}}\n@misc{bad, = {x}}\n@misc{good, title={Again}}\n@misc{last, title={Two}, month=jan}"
+    text = (
+        "@misc{good, title={One}}\n@misc{bad, = {x}}\n@misc{good, title={Again}}\n@misc{last, title={Two}, month=jan}"
+    )
     entries, problems = parse_bib(text)
     assert [entry.key for entry in entries] == ["good", "last"]
     assert any("syntax error" in problem for problem in problems)
@@ -92,6 +94,19 @@ def test_damaged_entries_are_told_and_the_others_read():
     assert parse_bib("just words")[1] == ["no BibTeX entry was found in the file"]
     assert parse_bib("") == ([], [])
     assert "neither title nor identifier" in parse_bib("@misc{a, year=2024}")[1][0]
+
+
+@pytest.mark.parametrize("broken", ["title={One, year=2020", "title={One {x}, year={2020}", "title={One"])
+def test_an_entry_that_is_never_closed_takes_no_other_with_it(broken):
+    good = '@string{v = "Venue"}\n\n@misc{good, title={Before}}\n'
+    entries, problems = parse_bib(
+        f"{good}@misc{{bad, {broken}\n\n@misc{{a, title={{Two}}, journal=v}}\n @misc(b, title={{Three}})"
+    )
+    assert [(entry.key, entry.venue) for entry in entries] == [("good", None), ("a", "Venue"), ("b", None)]
+    assert problems == ["the entry in line 4 is not closed: passed over"]
+    entries, problems = parse_bib(f"{good}@misc{{bad, {broken}")
+    assert [entry.key for entry in entries] == ["good"]
+    assert problems == ["the entry in line 4 is not closed: passed over"]
 
 
 def test_files_that_cannot_be_read(tmp_path):
