@@ -161,8 +161,8 @@ def measure(settings: argparse.Namespace, console: Console) -> list[dict[str, An
         timing = bar.add_task("timing", total=settings.repeats)
         for _ in range(settings.repeats):
             for _, _, model, state, denoise, commit in cases:
-                denoise.append(_seconds(lambda m=model, s=state: m.denoise(noisy, s), settings.device))
-                commit.append(_seconds(lambda m=model, s=state: m.commit(clean, s), settings.device))
+                denoise.append(seconds_of(lambda m=model, s=state: m.denoise(noisy, s), settings.device))
+                commit.append(seconds_of(lambda m=model, s=state: m.commit(clean, s), settings.device))
             bar.advance(timing)
     for stack, context, model, state, denoise, commit in cases:
         config, dtype = model.backbone.config, DTYPES[settings.dtype]
@@ -187,7 +187,8 @@ def measure(settings: argparse.Namespace, console: Console) -> list[dict[str, An
     return rows
 
 
-def _seconds(call: Any, device: str) -> float:
+def seconds_of(call: Any, device: str) -> float:
+    """Of one call: by the wall clock on a GPU, which is waited for, else of the process."""
     if device == "cuda":
         torch.cuda.synchronize()
     clock = time.perf_counter if device == "cuda" else time.process_time

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latentcot.diffusion_reasoning.block_plan import BlockPlan
 from latentcot.diffusion_reasoning.confidence import Proposal, filter_logits, find_confidence
-from latentcot.diffusion_reasoning.corruption import check_logits, without_mask_token
+from latentcot.diffusion_reasoning.corruption import check_logits
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
 from latentcot.diffusion_reasoning.noise import Noise
 from latentcot.diffusion_reasoning.quota import Bernoulli, PassView
@@ -267,12 +267,12 @@ class SamplerLoop:
     def _chosen(self, logits: Tensor, turn: _Turn, r: Tensor, column: Tensor) -> Tensor:
         """fp64 logits ``[n, V]`` of the candidates alone, constraints applied."""
         config, rows = self.config, turn.rows
-        chosen = logits[r, column].double()
+        chosen = logits[r, column].double()  # a copy: written into below, which saves a table of n V each time
         if config.forbid_mask_token:
-            chosen = without_mask_token(chosen, config.mask_id)
+            chosen[:, config.mask_id] = -torch.inf
         _check_finite(chosen, turn.number, rows[r], column)
         if config.logits_eos_inf:
-            chosen = without_mask_token(chosen, config.eos_id)
+            chosen[:, config.eos_id] = -torch.inf
         if self.allowed is not None:
             chosen = _constrain(chosen, self.allowed, turn.number, self.z, rows[r], column)
         return chosen

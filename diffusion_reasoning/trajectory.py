@@ -20,6 +20,7 @@ from latentcot.backbone import HybridForCausalLM
 from latentcot.training.budget import FlopCounter
 
 FULL_K = 5
+_NEVER = -1000.0  # a log-probability whose probability is 0, in place of minus infinity, which times 0 is no number
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,14 @@ class Recorder:
         ``z``, ``masked [B, L]``, after ``nfe [B]`` passes."""
         number = len(self.seconds)
         r, column = seen.nonzero(as_tuple=True)
+        # few passes over the [n, V] table: it is as large as what the sampler itself reads
         chosen = logits[r, column].to(torch.promote_types(logits.dtype, torch.float32))
-        chosen = chosen.masked_fill(torch.arange(chosen.shape[-1], device=chosen.device) == self.mask_id, -torch.inf)
+        chosen[:, self.mask_id] = -torch.inf
         logp = chosen.log_softmax(-1)
-        p = logp.exp()
         best = logp.topk(min(FULL_K if self.full else 2, logp.shape[-1]), -1)
         at = (rows[r].cpu(), column.cpu())
         nothing = torch.full(z.shape, torch.nan, dtype=torch.float16)
-        entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+        entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp_(min=_NEVER))
         top = best.values.exp()
         margin = top[:, 0] - (top[:, 1] if top.shape[1] > 1 else 0.0)
         tokens, left = z.to("cpu", torch.int32), masked.to("cpu", copy=True)  # the loop goes on writing into both
