@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 SCHEMA_VERSION = 1
 
 # One line without blanks at its ends and without control characters, which terminals obey.
-_LINE = r"^[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"
-Text = Annotated[str, StringConstraints(min_length=1, pattern=_LINE)]
-Note = Annotated[str, StringConstraints(min_length=1, max_length=280, pattern=_LINE)]
+LINE_PATTERN = r"^[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"
+Text = Annotated[str, StringConstraints(min_length=1, pattern=LINE_PATTERN)]
+Note = Annotated[str, StringConstraints(min_length=1, max_length=280, pattern=LINE_PATTERN)]
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(?:-[a-z0-9]+)*(?:/[a-z0-9]+(?:-[a-z0-9]+)*)?$")]
 Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s<>\"]+$")]
 Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]

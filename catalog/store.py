@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from latentcot.catalog.identifiers import identify
-from latentcot.catalog.record import Record, dump_record, folder_of
+from latentcot.catalog.record import LINE_PATTERN, Record, dump_record, folder_of
 
 CATALOG = Path(__file__).resolve().parent
 PAPERS = CATALOG / "papers"
@@ -60,7 +60,10 @@ def explain(error: ValidationError) -> str:
     given = first.get("input")
     shown = "" if isinstance(given, dict) or first["type"] == "missing" else f", given {_short(given)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {first['msg']}{shown}{more}"
+    told = first["msg"]
+    if (first.get("ctx") or {}).get("pattern") == LINE_PATTERN:
+        told = "expected one line without control characters and without blanks at its ends"
+    return f"{where}: {told}{shown}{more}"
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,7 @@ from latentcot.catalog import (
 from latentcot.catalog.check import check_catalog
 from latentcot.catalog.leaves import load_table
 from latentcot.catalog.record import dump_json, dump_record, folder_of, record_schema
-from latentcot.catalog.store import CATALOG, PAPERS, read_records, write_record
+from latentcot.catalog.store import CATALOG, PAPERS, parse_record, read_records, write_record
 
 SCHEMA = json.loads((CATALOG / "schema" / "record.schema.json").read_text(encoding="utf-8"))
 
@@ -238,6 +238,12 @@ def test_shared_repository_names_no_paper():
 def test_a_damaged_record_is_refused(coconut, change, where):
     with pytest.raises(ValidationError, match=where):
         Record.model_validate_json(json.dumps(coconut | change))
+
+
+def test_the_error_for_a_control_character_is_for_people(coconut):
+    text = json.dumps(coconut | {"title": "two\nlines"})
+    with pytest.raises(CatalogError, match=r"x.json: title: expected one line without control .*, given 'two.nlines'"):
+        parse_record(text, "x.json")
 
 
 def test_a_missing_field_is_refused(coconut):
