@@ -16,6 +16,7 @@ from latentcot.catalog.cli import papers_app
 from latentcot.site import site
 
 INTERRUPTED = 130  # exit code of a program stopped by Ctrl-C
+PRESETS = ("quickstart",)  # of latentcot.compare.presets; here so that a wrong name is said before torch is imported
 STUDIES = (
     "hybrid-ratio",
     "mqar",
@@ -68,7 +69,8 @@ def compare_command(
         Path | None, typer.Option(help="Folder of the results; default out/PRESET. Run again: it continues there.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Training seeds for every method; default 1, 2 for `hybrid-ratio` and `depth`.")
+        int | None,
+        typer.Option(help="Training seeds for every method; default 1, 2 for `hybrid-ratio` and `depth`.", min=1),
     ] = None,
     methods: Annotated[
         str | None,
@@ -78,10 +80,11 @@ def compare_command(
         str | None,
         typer.Option(help="Another task instead of the preset's; for `depth` and `diffusion`, some of theirs."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.")] = None,
-    items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the preset's.", min=1)] = None,
+    items: Annotated[int | None, typer.Option(help="Evaluation items in all instead of the preset's.", min=1)] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Runs side by side, sharing the cores; default one a core, of one thread each.")
+        int | None,
+        typer.Option(help="Runs side by side, sharing the cores; default one a core, of one thread each.", min=1),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Of a study: about two minutes, to see that it runs.")] = False,
     page: Annotated[
@@ -89,30 +92,35 @@ def compare_command(
     ] = None,
 ) -> None:
     """Train and evaluate several methods on one backbone and task; write table, plots and a report page."""
+    # Whatever can be refused without torch is refused before it is imported, which takes seconds.
+    if preset not in PRESETS + STUDIES:
+        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS + STUDIES)}")
+    folder = out or Path("out") / preset
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file, expected a folder")
+    of_methods, of_tasks = _names("methods", methods), _names("task", task) if preset in STUDIES else None
     _needs("compare", "accelerate", "matplotlib")
     if preset in STUDIES:
-        from latentcot.compare.studies import run_study
-
         of_depth = preset.startswith("depth")
         takes_task = of_depth or preset == "diffusion"
         for name, value in (("task", None if takes_task else task), ("steps", steps), ("items", items)):
             if value is not None:
                 raise ValueError(f"--{name} belongs to other comparisons, not to {preset!r}")
-        chosen = _names(task if of_depth else methods)
         if of_depth and methods is not None:
             raise ValueError(f"--methods: {preset!r} has the loop and its controls; --task chooses tasks")
-        parts = _names(task) if preset == "diffusion" else None
-        run_study(preset, out or Path("out") / preset, Console(), quick, seeds, jobs, chosen, page, parts)
+        from latentcot.compare.studies import run_study
+
+        chosen = of_tasks if of_depth else of_methods
+        parts = of_tasks if preset == "diffusion" else None
+        run_study(preset, folder, Console(), quick, seeds, jobs, chosen, page, parts)
         return
     if quick or page is not None:
         raise ValueError(f"--quick and --page belong to studies ({', '.join(STUDIES)}), not to {preset!r}")
-    from latentcot.compare import PRESETS, run_comparison, with_options, write_report
+    from latentcot.compare import PRESETS as presets
+    from latentcot.compare import run_comparison, with_options, write_report
     from latentcot.compare.report import claim_sentences, terminal_table
 
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join([*PRESETS, *STUDIES])}")
-    comparison = with_options(PRESETS[preset](), steps=steps, methods=_names(methods), task=task, items=items)
-    folder = out or Path("out") / preset
+    comparison = with_options(presets[preset](), steps=steps, methods=of_methods, task=task, items=items)
     console = Console()
     results = run_comparison(comparison, folder, 1 if seeds is None else seeds, jobs, console)
     page = write_report(results, folder)
@@ -166,8 +174,16 @@ def backends_command() -> None:
             typer.echo(str(explain_backend(operator, device=torch.device(device), dtype=torch.float32)))
 
 
-def _names(listed: str | None) -> list[str] | None:
-    return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
+def _names(option: str, listed: str | None) -> list[str] | None:
+    """The names in a comma-separated option, ``None`` when it was not given; ``ValueError`` for none at all or one named twice."""
+    if listed is None:
+        return None
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--{option}: expected at least one name, got {listed!r}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--{option}: {', '.join(repeated)} named twice")
+    return names
 
 
 def _needs(extra: str, *modules: str) -> None:

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from latentcot.compare import quickstart, with_options, write_report
+from latentcot import cli
+from latentcot.compare import PRESETS, quickstart, with_options, write_report
 from latentcot.compare.report import claim_sentences, main_table, markdown
 from latentcot.compare.run import check, run_comparison
 from latentcot.compare.summary import Claim, _item_error, baseline_columns, summarise
@@ -19,11 +21,27 @@ from latentcot.compare.worker import make_tasks
 ALL = [m.name for m in quickstart().methods]
 
 
-def latentcot(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     code = "from latentcot.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
     )
+
+
+@pytest.fixture
+def latentcot(tmp_path, monkeypatch, capfd):
+    """The command line in this process, in ``tmp_path``; only starting a program and its end need a process of their own."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["latentcot", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert isinstance(stopped.value.code, int)
+        return subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +122,7 @@ def test_a_finished_comparison_runs_nothing_again(small):
     assert stamps == {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("result.json")}
 
 
-def test_a_result_of_another_configuration_or_a_damaged_one_is_refused(small, tmp_path):
+def test_a_result_of_another_configuration_or_a_damaged_one_is_refused(small, tmp_path, latentcot):
     import shutil
 
     out, _ = small
@@ -115,42 +133,47 @@ def test_a_result_of_another_configuration_or_a_damaged_one_is_refused(small, tm
         run_comparison(with_options(quickstart(), steps=11, items=60), copy, seeds=1, jobs=2)
     broken = copy / "runs" / "direct-seed0" / "result.json"
     broken.write_text(broken.read_text()[:100])
-    done = latentcot("compare", "quickstart", "--steps", "10", "--items", "60", "--out", str(copy), cwd=tmp_path)
+    done = latentcot("compare", "quickstart", "--steps", "10", "--items", "60", "--out", str(copy))
     assert done.returncode == 2
     assert "damaged" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (copy / "results.json").read_bytes() == before
 
 
-def test_a_killed_comparison_continues_where_it_was(tmp_path):
+OFTEN = """
+from dataclasses import replace
+from latentcot.cli import main
+from latentcot.compare import PRESETS, quickstart
+
+def often():
+    preset = quickstart()
+    return replace(preset, batch_size=16, train=replace(preset.train, checkpoint_every=10, log_every=5))
+
+PRESETS["quickstart"] = often
+"""
+
+
+def test_a_killed_comparison_continues_where_it_was(tmp_path, latentcot, monkeypatch):
     """SIGKILL of the whole process group in the middle of training; the second call resumes from the checkpoint."""
-    arguments = [
-        "compare",
-        "quickstart",
-        "--methods",
-        "direct",
-        "--steps",
-        "230",
-        "--items",
-        "30",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    command = [sys.executable, "-c", "from latentcot.cli import main; main()", *arguments]
+    named: dict = {"__name__": "often"}
+    exec(OFTEN, named)  # the preset with smaller batches, and with a checkpoint after ten steps instead of 200
+    arguments = ["compare", "quickstart", "--methods", "direct", "--steps", "80", "--items", "30"]
+    command = [sys.executable, "-c", OFTEN + "main()", *arguments, "--out", str(tmp_path / "out")]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     checkpoint = tmp_path / "out" / "runs" / "direct-seed0" / "checkpoint.safetensors"
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)  # waits for the checkpoint at step 200, nothing is measured
+        time.sleep(0.02)  # waits for the checkpoint at step 10, nothing is measured
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert checkpoint.exists()
     assert not (tmp_path / "out" / "results.json").exists()
-    done = latentcot(*arguments, cwd=tmp_path)
+    monkeypatch.setitem(PRESETS, "quickstart", named["often"])
+    done = latentcot(*arguments, "--out", "out")
     assert done.returncode == 0, done.stderr
     resumed = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]
     whole = run_comparison(
-        with_options(quickstart(), steps=230, items=30, methods=["direct"]), tmp_path / "whole", jobs=1
+        with_options(named["often"](), steps=80, items=30, methods=["direct"]), tmp_path / "whole", jobs=2
     )["runs"][0]
     assert [h["loss"] for h in resumed["training"]["history"]] == [h["loss"] for h in whole["training"]["history"]]
     assert [s["correct"] for s in resumed["evaluation"]["by_difficulty"]] == [
@@ -175,47 +198,77 @@ def test_a_killed_comparison_continues_where_it_was(tmp_path):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
-    done = latentcot(*arguments, *(["--out", "out"] if arguments[0] == "compare" else []), cwd=tmp_path)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, latentcot, arguments, message):
+    done = latentcot(*arguments, *(["--out", "out"] if arguments[0] == "compare" else []))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_in_place_of_the_folder_is_one_line_and_stays(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slowstart"], "unknown preset 'slowstart'"),
+        (["hybrid-ratio", "--methods", "gla,gla"], "gla named twice"),
+        (["--methods", ","], "at least one"),
+        (["--jobs", "0"], "jobs"),
+    ],
+)
+def test_what_can_be_refused_without_torch_is_refused_without_it(tmp_path, arguments, message):
+    code = (
+        "import sys\n"
+        "from latentcot.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, "compare", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stdout.strip() == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_knows_every_preset():
+    assert set(cli.PRESETS) == set(PRESETS)
+
+
+def test_a_file_in_place_of_the_folder_is_one_line_and_stays(tmp_path, latentcot):
     (tmp_path / "out").write_text("mine")
-    done = latentcot("compare", "quickstart", "--methods", "direct", "--steps", "1", "--out", "out", cwd=tmp_path)
+    with pytest.raises(ValueError, match="out is a file"):
+        run_comparison(with_options(quickstart(), methods=["direct"], steps=1), tmp_path / "out")
+    done = latentcot("compare", "quickstart", "--methods", "direct", "--steps", "1", "--out", "out")
     assert done.returncode == 2, done.stderr
     assert "out is a file" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_no_command_shows_the_help_and_an_interrupt_says_how_to_go_on(tmp_path):
-    done = latentcot(cwd=tmp_path)
+def test_no_command_shows_the_help_and_an_interrupt_says_how_to_go_on(tmp_path, latentcot, monkeypatch):
+    done = in_a_process(cwd=tmp_path)
     assert done.returncode == 2
     assert "Usage" in done.stdout + done.stderr
     assert "error" not in done.stderr
-    code = (
-        "import latentcot.cli as c, latentcot.compare as m\n"
-        "def stop(*_): raise KeyboardInterrupt\n"
-        "m.run_comparison = stop\n"
-        "c.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code, "compare"], capture_output=True, text=True, cwd=tmp_path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentcot.compare.run_comparison", stop)
+    done = latentcot("compare")
     assert done.returncode == 130
     assert "run the same command again to continue" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(tmp_path):
+def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(tmp_path, latentcot):
     folder = tmp_path / "out" / "runs" / "direct-seed0"
     folder.mkdir(parents=True)
     (folder / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
-    done = latentcot(
-        "compare", "quickstart", "--methods", "direct", "--steps", "5", "--out", str(tmp_path / "out"), cwd=tmp_path
-    )
+    done = latentcot("compare", "quickstart", "--methods", "direct", "--steps", "5", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "damaged" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -224,8 +277,6 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_written(tmp_path):
 
 
 def test_settings_that_do_not_fit_are_found_before_anything_runs():
-    from dataclasses import replace
-
     from latentcot.compare import MethodSpec
 
     comparison = quickstart()
@@ -238,19 +289,19 @@ def test_settings_that_do_not_fit_are_found_before_anything_runs():
 
 
 def test_a_longest_trained_difficulty_without_test_items_is_found_before_anything_runs():
-    from dataclasses import replace
-
     few = {"group": "Z2", "min_difficulty": 1, "max_difficulty": 2, "data_seed": 1}
     with pytest.raises(ValueError, match="no test examples of difficulty 2"):
         check(replace(quickstart(), task_config=few))
 
 
-def test_another_task_runs_on_its_own_levels(tmp_path):
+def test_another_task_runs_on_its_own_levels(tmp_path, monkeypatch):
     """Several tokens a step, two options as answers, levels of its own: the whole way to the report."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # one core: one worker of one thread
     methods = ["direct", "cot", "coconut", "masked_diffusion"]
     for name in ("chain", "prosqa_balanced"):
         comparison = with_options(quickstart(), steps=3, items=20, methods=methods, task=name)
-        results = run_comparison(comparison, tmp_path / name, jobs=2)
+        comparison = replace(comparison, batch_size=8)  # problems of these tasks take long to make
+        results = run_comparison(comparison, tmp_path / name)
         write_report(results, tmp_path / name)
         assert [run["method"] for run in results["runs"]] == methods
         assert results["trained_to"] == make_tasks(comparison)[0].config.max_difficulty
