@@ -57,6 +57,7 @@ _ALL_WORDS, _SIDE_BY_SIDE, _LITTLE_ELSE = 0.08, 0.2, 0.1
 _TITLE, _NAME = 3.0, 2.0  # the query is a title, or the name before its colon
 # Bonuses for the topic of the best papers and for title words that they share; how many papers and words those are.
 _TOPIC, _TERMS, _FROM, _SHARED = 0.6, 0.4, 5, 6
+_ALL_THERE = 0.05  # share of these bonuses for papers that lack no word
 _ENOUGH, _NEAR_BEST = 0.25, 0.3  # what a paper must have of the words' weight, and of the best paper's score
 _RERANKED = 60
 
@@ -280,8 +281,8 @@ class SearchIndex:
         for value, _, stretches in shared:
             for docs, fields in stretches:
                 extra[docs] += np.float32(_TERMS * value / together) * _stemmed_table()[fields]
-        # Only in place of words that a paper lacks: one that has them all needs nobody's word.
-        score += extra * (1 - np.minimum(score, 1))
+        # In place of words that a paper lacks. One that has them all needs little of it, to come before its like.
+        score += extra * np.maximum(1 - np.minimum(score, 1), np.float32(_ALL_THERE))
 
     def _wanted(self, words: list[str]) -> Wanted:
         if not words:
