@@ -5,10 +5,8 @@ equal time to train, so that cheaper steps are more steps; both are reported. ``
 is for a GPU (:mod:`~latentcot.compare.diffusion_sudoku`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +17,11 @@ from latentcot.compare.diffusion_arms import ARMS, Sizes, make_arm, split_arm
 from latentcot.compare.diffusion_problems import Problem, SudokuProblem, TextProblem
 from latentcot.compare.diffusion_run import SCHEMA, run_arm
 from latentcot.compare.diffusion_sudoku import PRESETS
-from latentcot.compare.run import check_places, machine, run_all
-from latentcot.compare.worker import Report, read_result, write_json
+from latentcot.compare.jobs import NOT_THE_RESULT, finish_job, plain, run_jobs, without
+from latentcot.compare.run import check_places
+from latentcot.compare.worker import Report
 from latentcot.training import TrainConfig
+from latentcot.training.loop import Watcher
 
 _BAR = 1000  # ticks of a run's progress bar: how many steps it takes is found out when it begins
 
@@ -184,24 +184,24 @@ class DiffusionJob:
 
     def identity(self) -> dict[str, Any]:
         """What the result is the result of."""
-        part = {k: v for k, v in asdict(self.part).items() if k not in ("title", "claim", "arms")}
-        unimportant = ("checkpoint_every", "log_every", "seed", *(() if self.part.seconds is None else ("steps",)))
-        part["train"] = {k: v for k, v in part["train"].items() if k not in unimportant}
-        return json.loads(json.dumps({"part": part, "arm": self.arm, "seed": self.seed}))
+        part = without(asdict(self.part), ("title", "claim", "arms"))
+        found_out = () if self.part.seconds is None else ("steps",)
+        part["train"] = without(part["train"], (*NOT_THE_RESULT, "seed", *found_out))
+        return plain({"part": part, "arm": self.arm, "seed": self.seed})
 
 
 def run_diffusion_job(job: DiffusionJob, report: Report | None = None) -> dict[str, Any]:
     """Train (or go on training), measure, write and return the result."""
-    if (finished := read_result(job.folder, job.name, job.identity(), SCHEMA)) is not None:
-        return finished
-    torch.set_num_threads(job.threads)
-    say = report or (lambda *_: None)
 
-    def watch(step: int, of: int, loss: float, _: str) -> None:
+    def say(step: int, of: int, loss: float, _: str) -> None:
         tick = _BAR * step // of // 10 * 10
-        if step == of or tick != _BAR * (step - 1) // of // 10 * 10:
-            say(job.name, tick, _BAR, f"step {step} of {of}, loss {loss:.3f}")
+        if report is not None and (step == of or tick != _BAR * (step - 1) // of // 10 * 10):
+            report(job.name, tick, _BAR, f"step {step} of {of}, loss {loss:.3f}")
 
+    return finish_job(job, SCHEMA, None, lambda _: _work(job, say))
+
+
+def _work(job: DiffusionJob, watch: Watcher) -> dict[str, Any]:
     _, found = run_arm(
         job.part.build(job.puzzles),
         job.arm,
@@ -213,10 +213,7 @@ def run_diffusion_job(job: DiffusionJob, report: Report | None = None) -> dict[s
         device="cuda" if torch.cuda.is_available() else "cpu",
         watch=watch,
     )
-    result = {**found, "identity": job.identity(), "part": job.part.name, "name": job.name}
-    write_json(job.folder / "result.json", result)
-    (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
+    return {**found, "part": job.part.name, "name": job.name}
 
 
 def check_study(study: DiffusionStudy, seeds: int) -> None:
@@ -259,18 +256,8 @@ def run_diffusion_study(
         for part in study.parts
         for arm in part.arms
     ]
-    done = [read_result(job.folder, job.name, job.identity(), SCHEMA) for job in planned]
-    results = {job.name: found for job, found in zip(planned, done, strict=True) if found is not None}
-    if results:
-        console.print(f"{len(results)} of {len(planned)} runs are finished already in {out}")
-    results |= run_all([job for job in planned if job.name not in results], run_diffusion_job, jobs, console)
-    summary = {
-        "schema": SCHEMA,
+    about = {
         "seeds": seeds,
         "parts": [{**asdict(part), "baselines": problems[part.name].baselines()} for part in study.parts],
-        "machine": machine(cores, jobs),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [results[job.name] for job in planned],
     }
-    write_json(out / "results.json", summary)
-    return json.loads((out / "results.json").read_text())
+    return run_jobs(planned, run_diffusion_job, SCHEMA, out, (cores, jobs), console, about)

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +26,13 @@ import torch
 from rich.console import Console
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
-from latentcot.compare.run import check_places, machine, run_all
-from latentcot.compare.worker import Report, read_result, write_json
+from latentcot.compare.jobs import NOT_THE_RESULT, finish_job, plain, run_jobs, without
+from latentcot.compare.run import check_places
+from latentcot.compare.worker import Report
 from latentcot.tasks.mqar import MQARConfig, MQARTask
 from latentcot.training import TrainConfig, count_parameters, train
 from latentcot.training.language import LanguageModel, TokenBatch, TokenSource, scores
+from latentcot.training.loop import Watcher
 from latentcot.training.packing import PackedText, TokenizedText, read_documents, tokenize_corpus
 
 SCHEMA = 1
@@ -191,19 +192,17 @@ class RatioJob:
 
     def identity(self) -> dict[str, Any]:
         """What the result is the result of: what it was trained and measured on, but not which other cells the study has."""
-        study = {k: v for k, v in asdict(self.study).items() if k not in ("name", "mixers", "mqar_rates")}
-        for other in (
-            ("mqar", "mqar_train", "mqar_batch", "items", "pairs")
-            if self.part == "text"
-            else ("text_train", "text_batch", "text_length", "text_items")
-        ):
-            study.pop(other, None)
-        for name in ("mqar_train", "text_train"):
-            if name in study:
-                study[name] = {k: v for k, v in study[name].items() if k not in ("checkpoint_every", "log_every")}
+        of_mqar, of_text = (
+            ("mqar", "mqar_train", "mqar_batch", "items", "pairs"),
+            ("text_train", "text_batch", "text_length", "text_items"),
+        )
+        others = of_mqar if self.part == "text" else of_text
+        study = without(asdict(self.study), ("name", "mixers", "mqar_rates", *others))
+        own = f"{self.part}_train"
+        study[own] = without(study[own], NOT_THE_RESULT)
         text = TokenizedText(self.text).sha256 if self.part == "text" else None
         cell = {"part": self.part, "mixer": self.mixer, "period": self.period, "seed": self.seed, "rate": self.rate}
-        return json.loads(json.dumps({**study, **cell, "text": text}))
+        return plain({**study, **cell, "text": text})
 
 
 @dataclass(frozen=True)
@@ -263,10 +262,10 @@ def state_bytes(model: LanguageModel, length: int) -> int:
 
 def run_ratio_job(job: RatioJob, report: Report | None = None) -> dict[str, Any]:
     """Train (or go on training), measure, write and return the result."""
-    if (finished := load_ratio_result(job)) is not None:
-        return finished
-    torch.set_num_threads(job.threads)
-    say = report or (lambda *_: None)
+    return finish_job(job, SCHEMA, report, lambda watch: _work(job, watch))
+
+
+def _work(job: RatioJob, watch: Watcher) -> dict[str, Any]:
     study = job.study
     task = _mqar_task(json.dumps(dict(study.mqar)))
     text = TokenizedText(job.text) if job.part == "text" else None
@@ -274,10 +273,6 @@ def run_ratio_job(job: RatioJob, report: Report | None = None) -> dict[str, Any]
     torch.manual_seed(job.seed)
     model = LanguageModel(HybridForCausalLM(study.backbone(job.mixer, job.period, vocab_size)))
     data: TokenSource = MQARData(task, study.mqar_batch) if text is None else text_rows(study, text)[0]
-
-    def watch(step: int, of: int, loss: float, _: str) -> None:
-        say(job.name, step, of, f"loss {loss:.3f}")
-
     training = train(model, data, job.train_config, job.folder, watch)  # type: ignore[arg-type]
     began = time.perf_counter()
     if text is None:
@@ -290,23 +285,13 @@ def run_ratio_job(job: RatioJob, report: Report | None = None) -> dict[str, Any]
         rows, held = text_rows(study, text)
         nats, _, count = scores(model, replace(rows, last=None).take(held).to(model.backbone.device))
         measured = {"loss": nats / count, "state_bytes": state_bytes(model, study.text_length)}
-    result = {
-        "schema": SCHEMA,
-        "identity": job.identity(),
+    return {
         "name": job.name,
         **{k: v for k, v in job.identity().items() if k in ("part", "mixer", "period", "seed", "rate")},
         "parameters": count_parameters(model),
         "training": asdict(training),
         "measured": {**measured, "seconds": time.perf_counter() - began},
     }
-    write_json(job.folder / "result.json", result)
-    (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
-
-
-def load_ratio_result(job: RatioJob) -> dict[str, Any] | None:
-    """The finished result of a job, or ``None``; ``ValueError`` when the file is damaged or another configuration's."""
-    return read_result(job.folder, job.name, job.identity(), SCHEMA)
 
 
 def plan(study: RatioStudy, out: Path, seeds: int, threads: int = 1) -> list[RatioJob]:
@@ -369,12 +354,7 @@ def run_ratio_study(
     corpus = byte_corpus(out / "text", text)
     text_rows(study, corpus)
     planned = plan(study, out, seeds, max(1, cores // jobs))
-    results = {job.name: done for job in planned if (done := load_ratio_result(job)) is not None}
-    if results:
-        console.print(f"{len(results)} of {len(planned)} runs are finished already in {out}")
-    results |= run_all([job for job in planned if job.name not in results], run_ratio_job, jobs, console)
-    summary = {
-        "schema": SCHEMA,
+    about = {
         "study": {**asdict(study), "seeds": seeds},
         "text": {
             "source": "the Python sources of this package" if text is None else "files given",
@@ -382,12 +362,8 @@ def run_ratio_study(
             "bytes": len(corpus) - len(corpus.starts),
             "sha256": corpus.sha256,
         },
-        "machine": machine(cores, jobs),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [results[job.name] for job in planned],
     }
-    write_json(out / "results.json", summary)
-    return json.loads((out / "results.json").read_text())
+    return run_jobs(planned, run_ratio_job, SCHEMA, out, (cores, jobs), console, about)
 
 
 def own_sources() -> list[Path]:

@@ -6,11 +6,9 @@ instead of 0.02 (at 0.02 the same training takes several times as long to begin)
 convolutions, a small MLP, RMSNorm, no dropout.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,13 @@ from rich.table import Table
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.compare.hybrid_ratio import MQARData, measure_recall, mixer_options, state_bytes
-from latentcot.compare.run import check_places, machine, run_all
-from latentcot.compare.worker import Report, read_result, write_json
+from latentcot.compare.jobs import NOT_THE_RESULT, finish_job, plain, run_jobs, without
+from latentcot.compare.run import check_places
+from latentcot.compare.worker import Report
 from latentcot.tasks.mqar import PROTOCOL_A, MQARSetting, MQARTask
 from latentcot.training import TrainConfig, count_parameters, train
 from latentcot.training.language import LanguageModel
+from latentcot.training.loop import Watcher
 
 SCHEMA = 1
 
@@ -120,32 +120,26 @@ class MQARJob:
 
     def identity(self) -> dict[str, Any]:
         """What the result is the result of."""
-        study = {k: v for k, v in asdict(self.study).items() if k not in ("mixers", "settings")}
-        study["train"] = {k: v for k, v in study["train"].items() if k not in ("checkpoint_every", "log_every", "seed")}
+        study = without(asdict(self.study), ("mixers", "settings"))
+        study["train"] = without(study["train"], (*NOT_THE_RESULT, "seed"))
         cell = {"mixer": self.mixer, "length": self.length, "pairs": self.pairs, "seed": self.seed}
-        return json.loads(json.dumps({**study, **cell}))
+        return plain({**study, **cell})
 
 
 def run_mqar_job(job: MQARJob, report: Report | None = None) -> dict[str, Any]:
     """Train (or go on training), measure, write and return the result."""
-    if (finished := read_result(job.folder, job.name, job.identity(), SCHEMA)) is not None:
-        return finished
-    torch.set_num_threads(job.threads)
-    say = report or (lambda *_: None)
+    return finish_job(job, SCHEMA, report, lambda watch: _work(job, watch))
+
+
+def _work(job: MQARJob, watch: Watcher) -> dict[str, Any]:
     study, task = job.study, job.study.task(job.length, job.pairs)
     torch.manual_seed(job.seed)
     model = LanguageModel(HybridForCausalLM(study.backbone(job.mixer, task.config.vocabulary)))
-
-    def watch(step: int, of: int, loss: float, _: str) -> None:
-        say(job.name, step, of, f"loss {loss:.3f}")
-
     config = replace(study.train, seed=job.seed)
     training = train(model, MQARData(task, study.batch_size), config, job.folder, watch)  # type: ignore[arg-type]
     began = time.perf_counter()
     accuracy = measure_recall(model, task, (job.pairs,), study.items, "test")[str(job.pairs)]
-    result = {
-        "schema": SCHEMA,
-        "identity": job.identity(),
+    return {
         "mixer": job.mixer,
         "length": job.length,
         "pairs": job.pairs,
@@ -156,9 +150,6 @@ def run_mqar_job(job: MQARJob, report: Report | None = None) -> dict[str, Any]:
         "training": asdict(training),
         "evaluation_seconds": time.perf_counter() - began,
     }
-    write_json(job.folder / "result.json", result)
-    (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
 
 
 def run_mqar_study(
@@ -181,18 +172,8 @@ def run_mqar_study(
         for mixer in study.mixers
     ]
     planned = [replace(job, folder=out / "runs" / job.name) for job in planned]
-    done = [read_result(job.folder, job.name, job.identity(), SCHEMA) for job in planned]
-    results = {job.name: found for job, found in zip(planned, done, strict=True) if found is not None}
-    results |= run_all([job for job in planned if job.name not in results], run_mqar_job, jobs, console)
-    summary = {
-        "schema": SCHEMA,
-        "study": {**asdict(study), "seeds": seeds},
-        "machine": machine(cores, jobs),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [results[job.name] for job in planned],
-    }
-    write_json(out / "results.json", summary)
-    return json.loads((out / "results.json").read_text())
+    about = {"study": {**asdict(study), "seeds": seeds}}
+    return run_jobs(planned, run_mqar_job, SCHEMA, out, (cores, jobs), console, about)
 
 
 def mqar_table(results: dict[str, Any]) -> Table:

@@ -6,11 +6,9 @@ done in minutes on one GPU: two passes over the examples instead of 32, two lear
 :mod:`latentcot.compare.mqar` lists. ``latentcot compare mqar-capacity`` runs it, on a GPU where there is one.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from rich.console import Console
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
 from latentcot.compare.hybrid_ratio import MIXERS, measure_recall, mixer_options, state_bytes
-from latentcot.compare.run import check_places, machine, run_all
-from latentcot.compare.worker import Report, read_result, write_json
+from latentcot.compare.jobs import NOT_THE_RESULT, finish_job, plain, run_jobs, without
+from latentcot.compare.run import check_places
+from latentcot.compare.worker import Report
 from latentcot.tasks.mqar import PROTOCOL_B_TEST, PROTOCOL_B_TRAIN, MQARSetting, MQARTask
 from latentcot.training import TrainConfig, count_parameters, train
 from latentcot.training.language import LanguageModel, TokenBatch
+from latentcot.training.loop import Watcher
 
 SCHEMA = 1
 WITH_CONVOLUTION = ("hgrn", "gla", "hgrn2", "deltanet", "gated_deltanet")  # mixers that have the option
@@ -161,27 +161,22 @@ class CapacityJob:
 
     def identity(self) -> dict[str, Any]:
         """What the result is the result of."""
-        study = {k: v for k, v in asdict(self.study).items() if k not in ("mixers", "widths", "rates")}
-        unimportant = ("checkpoint_every", "log_every", "seed", "learning_rate")
-        study["train"] = {k: v for k, v in study["train"].items() if k not in unimportant}
+        study = without(asdict(self.study), ("mixers", "widths", "rates"))
+        study["train"] = without(study["train"], (*NOT_THE_RESULT, "seed", "learning_rate"))
         cell = {"mixer": self.mixer, "width": self.width, "rate": self.rate, "seed": self.seed}
-        return json.loads(json.dumps({**study, **cell}))
+        return plain({**study, **cell})
 
 
 def run_capacity_job(job: CapacityJob, report: Report | None = None) -> dict[str, Any]:
     """Train (or go on training), measure, write and return the result."""
-    if (finished := read_result(job.folder, job.name, job.identity(), SCHEMA)) is not None:
-        return finished
-    torch.set_num_threads(job.threads)
-    say = report or (lambda *_: None)
+    return finish_job(job, SCHEMA, report, lambda watch: _work(job, watch))
+
+
+def _work(job: CapacityJob, watch: Watcher) -> dict[str, Any]:
     study = job.study
     data = Mixture(study.trained, study.batch_size)
     torch.manual_seed(job.seed)
     model = LanguageModel(HybridForCausalLM(study.backbone(job.mixer, job.width, data.tasks[0].config.vocabulary)))
-
-    def watch(step: int, of: int, loss: float, _: str) -> None:
-        say(job.name, step, of, f"loss {loss:.3f}")
-
     config = replace(study.train, seed=job.seed, learning_rate=job.rate)
     training = train(model, data, config, job.folder, watch)  # type: ignore[arg-type]
     model.eval()
@@ -194,9 +189,7 @@ def run_capacity_job(job: CapacityJob, report: Report | None = None) -> dict[str
             for t, s in zip(tasks, settings, strict=True)
         ]
 
-    result = {
-        "schema": SCHEMA,
-        "identity": job.identity(),
+    return {
         "mixer": job.mixer,
         "width": job.width,
         "rate": job.rate,
@@ -208,9 +201,6 @@ def run_capacity_job(job: CapacityJob, report: Report | None = None) -> dict[str
         "training": asdict(training),
         "evaluation_seconds": time.perf_counter() - began,
     }
-    write_json(job.folder / "result.json", result)
-    (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return result
 
 
 def run_capacity_study(
@@ -236,17 +226,5 @@ def run_capacity_study(
         for rate in study.rates
     ]
     planned = [replace(job, folder=out / "runs" / job.name) for job in planned]
-    done = [read_result(job.folder, job.name, job.identity(), SCHEMA) for job in planned]
-    results = {job.name: found for job, found in zip(planned, done, strict=True) if found is not None}
-    if results:
-        console.print(f"{len(results)} of {len(planned)} runs are finished already in {out}")
-    results |= run_all([job for job in planned if job.name not in results], run_capacity_job, jobs, console)
-    summary = {
-        "schema": SCHEMA,
-        "study": {**asdict(study), "seeds": seeds},
-        "machine": machine(cores, jobs),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [results[job.name] for job in planned],
-    }
-    write_json(out / "results.json", summary)
-    return json.loads((out / "results.json").read_text())
+    about = {"study": {**asdict(study), "seeds": seeds}}
+    return run_jobs(planned, run_capacity_job, SCHEMA, out, (cores, jobs), console, about)
