@@ -17,10 +17,8 @@ those of one segment, the unit of a training step; answers may take several, and
 Runs are jobs of :mod:`latentcot.compare.run`: one process each, a checkpoint while they train, ``result.json`` when they are done.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +26,9 @@ import torch
 from rich.console import Console
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
+from latentcot.compare.jobs import NOT_THE_RESULT, plain, run_jobs, without
 from latentcot.compare.methods import find
-from latentcot.compare.run import check_places, machine, run_all
-from latentcot.compare.worker import read_result, write_json
+from latentcot.compare.run import check_places
 from latentcot.reasoner import SPECIAL, Reasoner
 from latentcot.recurrent_depth.recursive_solvers import (
     DeepSupervision,
@@ -298,13 +296,12 @@ class DepthJob:
         """What the result is the result of; how often is saved or logged does not count."""
         part = asdict(self.part)
         if isinstance(self.part, TokenPart):
-            part["train"] = {k: v for k, v in part["train"].items() if k not in ("checkpoint_every", "log_every")}
+            part["train"] = without(part["train"], NOT_THE_RESULT)
         else:
-            rate = part.pop("same_flops_rate")
-            del part["compiled"]
-            if self.stack == "same_flops" and rate is not None:
-                part["training"]["learning_rate"] = rate
-        return json.loads(json.dumps({"part": part, "task": self.part.task, "stack": self.stack, "seed": self.seed}))
+            part = without(part, ("same_flops_rate", "compiled"))
+            if self.stack == "same_flops":
+                part["training"]["learning_rate"] = self.part.train(self.stack, self.seed).learning_rate
+        return plain({"part": part, "task": self.part.task, "stack": self.stack, "seed": self.seed})
 
 
 def plan(study: DepthStudy, out: Path, seeds: int, threads: int = 1) -> list[DepthJob]:
@@ -317,11 +314,6 @@ def plan(study: DepthStudy, out: Path, seeds: int, threads: int = 1) -> list[Dep
         for seed in range(seeds)
     ]
     return [replace(job, folder=out / "runs" / job.name) for job in jobs]
-
-
-def load_depth_result(job: DepthJob) -> dict[str, Any] | None:
-    """The finished result of a job, or ``None``; ``ValueError`` when the file is damaged or another configuration's."""
-    return read_result(job.folder, job.name, job.identity(), SCHEMA)
 
 
 def check_depth(study: DepthStudy) -> None:
@@ -385,20 +377,13 @@ def run_depth_study(
     check_depth(study)
     out.mkdir(parents=True, exist_ok=True)
     planned = plan(study, out, seeds, max(1, cores // jobs))
-    results = {job.name: done for job in planned if (done := load_depth_result(job)) is not None}
-    if results:
-        console.print(f"{len(results)} of {len(planned)} runs are finished already in {out}")
     # In front of the training: it makes the puzzles that all runs share.
-    without = {part.task: baselines(part, out / f"{part.task}-puzzles.safetensors", console) for part in study.parts}
-    results |= run_all([job for job in planned if job.name not in results], run_depth_job, jobs, console)
-    summary = {
-        "schema": SCHEMA,
+    without_training = {
+        part.task: baselines(part, out / f"{part.task}-puzzles.safetensors", console) for part in study.parts
+    }
+    about = {
         "study": {"name": study.name, "device": study.device, "seeds": seeds},
         "parts": {part.task: {"kind": type(part).__name__, **asdict(part)} for part in study.parts},
-        "baselines": without,
-        "machine": machine(cores, jobs),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [results[job.name] for job in planned],
+        "baselines": without_training,
     }
-    write_json(out / "results.json", summary)
-    return json.loads((out / "results.json").read_text())
+    return run_jobs(planned, run_depth_job, SCHEMA, out, (cores, jobs), console, about)

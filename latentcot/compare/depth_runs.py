@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from latentcot.compare.depth import SCHEMA, DepthJob, SudokuPart, TokenPart, load_depth_result
+from latentcot.compare.depth import SCHEMA, DepthJob, SudokuPart, TokenPart
 from latentcot.compare.evaluate import evaluate
-from latentcot.compare.worker import Report, TaskData, write_json
+from latentcot.compare.jobs import finish_job
+from latentcot.compare.worker import Report, TaskData
 from latentcot.reasoner import AnswerLimits, Reasoner
 from latentcot.recurrent_depth.recursive_solvers import DeepSupervision, RecursiveSolver, train_solver
 from latentcot.recurrent_depth.recursive_solvers.sudoku_puzzles import look_up, pick, puzzle_sets
@@ -23,30 +24,21 @@ from latentcot.recurrent_depth.recursive_solvers.sudoku_run import AugmentedPuzz
 from latentcot.tasks.base import Task
 from latentcot.tasks.sudoku import GridBatch
 from latentcot.training import count_parameters, train
+from latentcot.training.loop import Watcher
 
 ROWS = 500  # puzzles that are solved together
 
 
 def run_depth_job(job: DepthJob, report: Report | None = None) -> dict[str, Any]:
     """Train (or go on training), measure, write and return the result."""
-    if (finished := load_depth_result(job)) is not None:
-        return finished
-    torch.set_num_threads(job.threads)
+    return finish_job(job, SCHEMA, report, lambda watch: _work(job, watch))
+
+
+def _work(job: DepthJob, watch: Watcher) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
-    say = report or (lambda *_: None)
-    found = _run_tokens(job, job.part, say) if isinstance(job.part, TokenPart) else _run_sudoku(job, job.part, say)
-    result = {
-        "schema": SCHEMA,
-        "identity": job.identity(),
-        "name": job.name,
-        "task": job.part.task,
-        "stack": job.stack,
-        "seed": job.seed,
-        **found,
-    }
-    write_json(job.folder / "result.json", without_nan(result))
-    (job.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    return json.loads((job.folder / "result.json").read_text())
+    found = _run_tokens(job, job.part, watch) if isinstance(job.part, TokenPart) else _run_sudoku(job, job.part, watch)
+    about = {"name": job.name, "task": job.part.task, "stack": job.stack, "seed": job.seed}
+    return without_nan({**about, **found})
 
 
 def without_nan(value: Any) -> Any:
@@ -61,14 +53,10 @@ def without_nan(value: Any) -> Any:
 # -- answers of tokens -------------------------------------------------------------------------------------------------
 
 
-def _run_tokens(job: DepthJob, part: TokenPart, say: Report) -> dict[str, Any]:
+def _run_tokens(job: DepthJob, part: TokenPart, watch: Watcher) -> dict[str, Any]:
     task = part.make_task()
     reasoner = part.reasoner(job.stack, task, job.seed).to(job.device)
     data = TaskData(task, task.limits, part.batch)
-
-    def watch(step: int, of: int, loss: float, _: str) -> None:
-        say(job.name, step, of, f"loss {loss:.3f}")
-
     training = train(reasoner, data, replace(part.train, seed=job.seed), job.folder, watch)
     levels, began = task.levels("test"), time.perf_counter()
     if job.stack == "looped":
@@ -123,7 +111,7 @@ def exit_statistics(
 # -- Sudoku ------------------------------------------------------------------------------------------------------------
 
 
-def _run_sudoku(job: DepthJob, part: SudokuPart, say: Report) -> dict[str, Any]:
+def _run_sudoku(job: DepthJob, part: SudokuPart, watch: Watcher) -> dict[str, Any]:
     task = part.make_task()
     sets = puzzle_sets(task, {"train": part.puzzles, "test": part.test}, job.shared)
     model = part.model(job.stack, job.seed).to(job.device)
@@ -131,7 +119,7 @@ def _run_sudoku(job: DepthJob, part: SudokuPart, say: Report) -> dict[str, Any]:
     training = part.train(job.stack, job.seed)
 
     def each_step(step: int, _: float, loss: float) -> None:
-        say(job.name, step, training.steps, f"loss {loss:.3f}")
+        watch(step, training.steps, loss, "")
 
     result = train_solver(
         model,

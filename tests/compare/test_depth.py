@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from latentcot.cli import app
 from latentcot.compare.depth import (
+    SCHEMA,
     STACKS,
     DepthJob,
     DepthStudy,
@@ -19,7 +20,6 @@ from latentcot.compare.depth import (
     TokenPart,
     check_depth,
     default_depth,
-    load_depth_result,
     plan,
     quick_depth,
     run_depth_study,
@@ -37,6 +37,7 @@ from latentcot.compare.depth_summary import (
     verdicts,
 )
 from latentcot.compare.hybrid_ratio_summary import Figure
+from latentcot.compare.jobs import load_job
 from latentcot.recurrent_depth.recursive_solvers import (
     DeepSupervision,
     RecursiveSolver,
@@ -133,9 +134,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(done, tmp_path):
     whole = next(run for run in results["runs"] if run["name"] == job.name)
     assert resumed["training"]["history"] == whole["training"]["history"]
     assert resumed["measured"]["by_level"] == whole["measured"]["by_level"]
-    assert load_depth_result(replace(job, seed=1)) is not None
+    assert load_job(replace(job, seed=1), SCHEMA) is not None
     with pytest.raises(ValueError, match="another configuration"):
-        load_depth_result(replace(job, seed=0))
+        load_job(replace(job, seed=0), SCHEMA)
 
 
 class Late:
