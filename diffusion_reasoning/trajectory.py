@@ -74,7 +74,7 @@ class Trajectory:
     def settled(self) -> Tensor:
         """Share of maskable positions where the final token stands, or is predicted while the mask stands, ``[k, B]``: is
         the answer decided before it is revealed? 1 in the last step; NaN for rows without a maskable position."""
-        same = (_thought(self.tokens, self.pred, self.mask_id) == self.final) & self.maskable
+        same = (thought(self.tokens, self.pred, self.mask_id) == self.final) & self.maskable
         return same.sum(2) / self.maskable.sum(1)
 
     def kendall_tau(self) -> Tensor:
@@ -118,7 +118,7 @@ class Trajectory:
             raise ValueError(f"path: {path} holds no trajectory ({error})") from error
 
 
-def _thought(tokens: Tensor, pred: Tensor, mask_id: int) -> Tensor:
+def thought(tokens: Tensor, pred: Tensor, mask_id: int) -> Tensor:
     """What stands at each position, or what the network would write where the mask stands."""
     return torch.where(tokens == mask_id, pred, tokens)
 
@@ -195,8 +195,8 @@ class Recorder:
         else:
             self.steps["tokens"][-1] = final
             stacked = {name: torch.stack(values) for name, values in self.steps.items()}
-        thought = _thought(stacked["tokens"], stacked["pred"], self.mask_id)
-        agrees = ((thought == final) | ~self.maskable).all(2)
+        standing = thought(stacked["tokens"], stacked["pred"], self.mask_id)
+        agrees = ((standing == final) | ~self.maskable).all(2)
         count = torch.arange(len(self.seconds))[:, None]
         early = torch.where(agrees, count, len(self.seconds)).amin(0) if len(self.seconds) else torch.zeros(batch)
         flops, layers = torch.full((batch,), torch.nan, dtype=torch.float64), 0

@@ -8,6 +8,7 @@ Rows do not know each other: each has its own blocks, steps and random numbers, 
 of some rows reads the states of these rows alone.
 """
 
+import time
 import warnings
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from latentcot.backbone import LayerState
 from latentcot.diffusion_reasoning.block_diffusion.model import BlockDiffusionModel, BlockState
+from latentcot.diffusion_reasoning.block_diffusion.recording import BlockRecorder
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
 from latentcot.diffusion_reasoning.noise import mix
-from latentcot.diffusion_reasoning.samplers import DiffusionOutput, Hook, LogitsFn, fill_block, lay_out
+from latentcot.diffusion_reasoning.samplers import Allowed, DiffusionOutput, Hook, LogitsFn, fill_block, lay_out
 from latentcot.diffusion_reasoning.stopping import degenerate
 
 
@@ -29,7 +31,7 @@ def block_generate(
     config: DiffusionGenerationConfig,
     attention_mask: Tensor | None = None,
     maskable: Tensor | None = None,
-    allowed: Tensor | None = None,
+    allowed: Allowed | None = None,
     row_seeds: Tensor | None = None,
     hook: Hook | None = None,
 ) -> DiffusionOutput:
@@ -37,11 +39,13 @@ def block_generate(
 
     Args:
         input_ids: ``[B, P]``; ``config.max_new_tokens`` masked positions are put behind it.
-        config: of the sampler inside a block; ``steps`` are shared out over a row's blocks that have something to fill, the first ones
+        config: of the sampler inside a block; with ``record`` the output has a trajectory, in which step k of a row is its k-th denoising
+            step, and FLOPs are not counted. ``steps`` are shared out over a row's blocks that have something to fill, the first ones
             one more. ``max_nfe`` bounds all passes of a row. ``block_length`` is the model's: leave it ``None``.
         attention_mask: ``[B, P]``, True = real; padding may stand anywhere.
         maskable: ``[B, P]`` or ``[B, P + n]``: positions to fill; all others are given. Given tokens of a later block are not seen.
-        allowed: ``[B, P + n, V]`` bool: tokens that may be proposed.
+        allowed: ``[B, P + n, V]`` bool, or a callable ``(pass within a block, z [B, P + n]) -> [B, P + n, V]``: tokens that may be
+            proposed.
         row_seeds: ``[B]`` int64; default: from ``config.seed`` and the row's number.
         hook: called as ``hook(pass, rows, z)`` in front of every denoising pass with the numbers ``[R]`` of its rows and their blocks.
 
@@ -50,7 +54,7 @@ def block_generate(
 
     Raises:
         ValueError: as :func:`~latentcot.diffusion_reasoning.samplers.diffusion_generate`; the first token of a row is to be filled by a
-            shifted model; guidance, carry or a trajectory asked for; fewer passes than the blocks need.
+            shifted model; guidance or carry asked for; fewer passes than the blocks need.
     """
     ids, real, maskable = lay_out(input_ids, config.max_new_tokens, attention_mask, maskable)
     _check(model, config, real, maskable)
@@ -83,7 +87,7 @@ class _Run:
         ids: Tensor,
         real: Tensor,
         maskable: Tensor,
-        allowed: Tensor | None,
+        allowed: Allowed | None,
         hook: Hook | None,
         seeds: Tensor,
     ):
@@ -92,16 +96,9 @@ class _Run:
         self.real, self.maskable = real.gather(1, self.order), maskable.gather(1, self.order)
         self.z = ids.gather(1, self.order).masked_fill(self.maskable, config.mask_id)
         self.given = ids
-        self.allowed = None
-        if allowed is not None:
-            if not isinstance(allowed, Tensor):
-                raise TypeError(f"allowed: a tensor is needed block by block, got {type(allowed).__name__}")
-            expected = [*ids.shape, model.backbone.config.vocab_size]
-            if list(allowed.shape) != expected or allowed.dtype != torch.bool:
-                raise ValueError(
-                    f"allowed: shape {list(allowed.shape)} of {allowed.dtype} given, expected {expected} of bool"
-                )
-            self.allowed = allowed.take_along_dim(self.order[..., None], 1)
+        if allowed is not None and not isinstance(allowed, Tensor) and not callable(allowed):
+            raise TypeError(f"allowed: a tensor or a callable is needed, got {type(allowed).__name__}")
+        self.allowed = self._in_order(allowed) if isinstance(allowed, Tensor) else allowed
         self.plan = self._plan()
         if self.plan.clamped:
             warnings.warn(
@@ -115,6 +112,40 @@ class _Run:
         self.read = torch.zeros(batch, dtype=torch.long, device=ids.device)  # blocks committed
         self.state: BlockState | None = model.init_state(len(self.rows)) if len(self.rows) else None  # of these rows
         self._check_passes()
+        self.recorder, self.started = None, time.perf_counter()
+        if config.record is not None:
+            held = self._as_given(self.z), real, maskable
+            self.recorder = BlockRecorder(*held, config.mask_id, len(model.backbone.model.layers))
+
+    # -- layout -----------------------------------------------------------------------------------------------------
+
+    def _in_order(self, allowed: Tensor) -> Tensor:
+        """A table ``[B, L, V]`` of what is allowed, real tokens of each row in front."""
+        expected = [*self.given.shape, self.model.backbone.config.vocab_size]
+        if list(allowed.shape) != expected or allowed.dtype != torch.bool:
+            raise ValueError(
+                f"allowed: shape {list(allowed.shape)} of {allowed.dtype} given, expected {expected} of bool"
+            )
+        return allowed.take_along_dim(self.order[..., None], 1)
+
+    def _as_given(self, z: Tensor) -> Tensor:
+        """Rows ``[B, L]`` with padding back where it was."""
+        held = torch.zeros_like(self.maskable).scatter(1, self.order, self.maskable)
+        return torch.where(held, torch.zeros_like(z).scatter(1, self.order, z), self.given)
+
+    def _allowed_in(self, rows: Tensor, column: Tensor, inside: Tensor) -> Allowed | None:
+        """What ``allowed`` says about one block of each of these rows: ``column [R, b]``, those behind the end of a row not ``inside``."""
+        if self.allowed is None or isinstance(self.allowed, Tensor):
+            return None if self.allowed is None else self.allowed[rows].take_along_dim(column[..., None], 1)
+        ask = self.allowed
+
+        def asked(number: int, block: Tensor) -> Tensor:
+            z = self.z.clone()
+            r, c = inside.nonzero(as_tuple=True)
+            z[rows[r], column[r, c]] = block[r, c]
+            return self._in_order(ask(number, self._as_given(z)))[rows].take_along_dim(column[..., None], 1)
+
+        return asked
 
     # -- what there is to do -----------------------------------------------------------------------------------------
 
@@ -200,25 +231,27 @@ class _Run:
         real = self.real[rows].gather(1, column) & inside
         maskable = self.maskable[rows].gather(1, column) & inside
         block = self.z[rows].gather(1, column)
-        allowed = None
-        if self.allowed is not None:
-            allowed = self.allowed[rows].take_along_dim(column[..., None], 1)
         steps = self.plan.steps[rows].gather(1, turn[:, None])[:, 0]
         budget = self._budget(rows, turn)
         kept = _KeptStates(self.state.rows) if not self.model.exact else None
         filled = block.clone()
         for chosen in _groups(steps if self.config.steps is not None else torch.zeros_like(steps), budget):
+            began = time.perf_counter() - self.started
             out = fill_block(
                 self._logits_fn(chosen, real, kept),
                 block[chosen],
                 self._inside(int(steps[chosen[0]]), int(budget[chosen[0]])),
                 maskable=maskable[chosen],
                 first_position=number[chosen] * b,
-                allowed=None if allowed is None else allowed[chosen],
+                allowed=self._allowed_in(rows[chosen], column[chosen], inside[chosen]),
                 row_seeds=self.seeds[rows[chosen]],
                 hook=self._hook(rows[chosen]),
             )
             filled[chosen] = out.sequences
+            if self.recorder is not None:
+                assert out.trajectory is not None
+                at = self.order[rows[chosen]].gather(1, column[chosen]).masked_fill(~inside[chosen], -1)
+                self.recorder.add(rows[chosen], at, out.trajectory, self.nfe[rows[chosen]], began)
             self.nfe[rows[chosen]] += out.nfe
             self.stopped[rows[chosen]] |= out.stopped
         r, c = (real & maskable).nonzero(as_tuple=True)
@@ -313,9 +346,9 @@ class _Run:
         if self.config.stop == "eos_truncate":
             behind = ((self.z == self.config.eos_id) & self.maskable).long().cumsum(1) > 0
             self.z = self.z.masked_fill(behind & self.maskable, self.config.eos_id)
-        held = torch.zeros_like(self.maskable).scatter(1, self.order, self.maskable)
-        filled = torch.zeros_like(self.z).scatter(1, self.order, self.z)
-        return DiffusionOutput(torch.where(held, filled, self.given), self.nfe, self.stopped, exact=self.model.exact)
+        filled = self._as_given(self.z)
+        trajectory = None if self.recorder is None else self.recorder.finish(filled, self.nfe)
+        return DiffusionOutput(filled, self.nfe, self.stopped, self.model.exact, trajectory)
 
 
 class _KeptStates:
@@ -382,10 +415,9 @@ def _check(model: BlockDiffusionModel, config: DiffusionGenerationConfig, real: 
         raise ValueError(
             f"block_length: {config.block_length} given, but the model's blocks have {model.block_length} tokens; leave it None"
         )
-    if config.guidance > 0 or config.carry != "none" or config.record is not None:
+    if config.guidance > 0 or config.carry != "none":
         raise ValueError(
-            f"config: guidance = {config.guidance}, carry = {config.carry!r} and record = {config.record!r} given; all three belong "
-            f"to a sampler over the whole canvas"
+            f"config: guidance = {config.guidance} and carry = {config.carry!r} given; both belong to a sampler over the whole canvas"
         )
     if config.parity is not None:
         raise ValueError(f"parity: {config.parity!r} belongs to a sampler over the whole canvas")

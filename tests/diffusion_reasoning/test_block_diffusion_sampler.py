@@ -238,3 +238,111 @@ def test_no_rows_are_no_rows():
     out = block_generate(make(), prompts(0, 4), sampler(3))
     assert out.sequences.shape == (0, 7)
     assert out.nfe.shape == (0,)
+
+
+# -- allowed tokens as a callable, trajectories -------------------------------------------------------------------------
+
+
+def test_allowed_tokens_may_depend_on_what_stands_on_the_canvas():
+    """Every new token must be the one before it plus one: the callable sees padding where it was, earlier blocks and this pass."""
+    model, ids = make(block_length=2), prompts(2, 5).clamp(max=9)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[1, :2] = False
+
+    def one_more(number: int, z: Tensor) -> Tensor:
+        assert torch.equal(z[:, :5], ids)
+        table = torch.zeros(*z.shape, VOCAB, dtype=torch.bool)
+        known = z[:, :-1] != MASK
+        wanted = torch.where(known, z[:, :-1] + 1, 7)
+        table[:, 1:] = torch.nn.functional.one_hot(wanted, VOCAB).bool()
+        return table
+
+    order = sampler(5, order="left_to_right")
+    out = block_generate(model, ids, order, real, allowed=one_more)
+    assert torch.equal(out.sequences[:, 5:], ids[:, 4:5] + torch.arange(1, 6))
+    fixed = torch.rand(2, 10, VOCAB, generator=torch.Generator().manual_seed(0)) < 0.4
+    fixed[..., 7] = True
+    table = block_generate(model, ids, sampler(5), real, allowed=fixed)
+    asked = block_generate(model, ids, sampler(5), real, allowed=lambda number, z: fixed)
+    assert torch.equal(table.sequences, asked.sequences)
+    with pytest.raises(ValueError, match=r"allowed: shape \[2, 10\]"):
+        block_generate(model, ids, sampler(5), real, allowed=lambda number, z: z > 0)
+    with pytest.raises(TypeError, match="allowed: a tensor or a callable"):
+        block_generate(model, ids, sampler(5), real, allowed=[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:steps:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "record"), [("six steps", "light"), ("threshold", "full"), ("revise", "light"), ("stops", "full")]
+)
+def test_a_trajectory_is_that_of_the_row_alone_and_of_the_passes(name, record, tmp_path):
+    options = {
+        "six steps": {"steps": 6},
+        "threshold": {"threshold": 0.2, "quota": "threshold", "temperature": 0.8},
+        "revise": {"remask": "revise"},
+        "stops": {"stop": "eos_block", "temperature": 1.0, "max_nfe": 9},
+    }[name]
+    model = make()
+    lengths = [6, 3, 5]
+    ids = prompts(3, 6)
+    real = torch.arange(6) >= 6 - torch.tensor(lengths)[:, None]
+    seeds = torch.tensor([5, 6, 7])
+    seen: list[list[tuple[int, Tensor]]] = [[], [], []]
+
+    def remember(number: int, rows: Tensor, z: Tensor) -> None:
+        for row, tokens in zip(rows.tolist(), z, strict=True):
+            seen[row].append((number, tokens))
+
+    config = sampler(7, record=record, **options)
+    out = block_generate(model, ids, config, real, row_seeds=seeds, hook=remember)
+    plain = block_generate(model, ids, sampler(7, **options), real, row_seeds=seeds)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.nfe, plain.nfe)
+    trajectory = out.trajectory
+    assert trajectory is not None
+    assert torch.equal(trajectory.final.long(), out.sequences)
+    assert torch.equal(trajectory.nfe[-1].long(), out.nfe)
+    assert (trajectory.nfe.diff(dim=0) >= 0).all()
+    assert trajectory.layers == 2
+    assert (trajectory.settled()[-1] == 1).all()
+    for row, length in enumerate(lengths):
+        steps = len(seen[row])
+        assert (trajectory.revealed_at[row, :6] == -1).all()
+        assert trajectory.confidence[:steps, row].isfinite().any(1).all()
+        assert not trajectory.confidence[steps:, row].isfinite().any()
+        # what the next pass over a block is given is what this one left there
+        block = length // 4 - 1
+        for step, (number, held) in enumerate(seen[row]):
+            block += number == 0
+            start = 4 * block + 6 - length
+            if number:
+                stood = trajectory.tokens[step - 1, row, start : start + len(held)]
+                assert torch.equal(stood.long()[:4], held[: len(stood)])
+        alone = block_generate(
+            model, ids[row : row + 1, 6 - length :], config, row_seeds=seeds[row : row + 1]
+        ).trajectory
+        assert alone is not None
+        for field in ("tokens", "pred", "n_masked", "nfe", "confidence", "entropy", "margin", "topk_ids"):
+            whole, one = getattr(trajectory, field), getattr(alone, field)
+            if whole is None:
+                assert record == "light"
+                continue
+            whole, one = whole[: alone.n_steps, row], one[:, 0]
+            whole = whole[:, 6 - length :] if whole.dim() > 1 else whole
+            torch.testing.assert_close(whole, one, equal_nan=True, atol=2e-3, rtol=0)
+        for field in ("revealed_at", "n_flips"):
+            assert torch.equal(getattr(trajectory, field)[row, 6 - length :], getattr(alone, field)[0])
+        assert int(trajectory.correct_early[row]) == int(alone.correct_early[0])
+    if name == "revise":
+        assert trajectory.n_flips.sum() > 0
+    trajectory.save_npz(tmp_path / "t.npz")
+    again = type(trajectory).load_npz(tmp_path / "t.npz")
+    assert torch.equal(again.tokens, trajectory.tokens)
+
+
+def test_a_trajectory_of_nothing_is_empty():
+    ids = prompts(2, 4)
+    out = block_generate(make(), ids, sampler(0, record="light"), maskable=torch.zeros_like(ids, dtype=torch.bool))
+    assert out.trajectory is not None
+    assert out.trajectory.n_steps == 0
+    assert out.nfe.tolist() == [0, 0]
