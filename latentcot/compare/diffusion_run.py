@@ -122,18 +122,17 @@ def run_arm(
     def each_step(step: int, of: int, loss: float, phase: str) -> None:
         if watch is not None:
             watch(step, of, loss, phase)
-        if pause_after is None or not config.checkpoint_every or step <= config.checkpoint_every:
+        if not config.checkpoint_every or step <= config.checkpoint_every:
             return
-        # the step before this one was written down
-        if step % config.checkpoint_every == 1 % config.checkpoint_every and clock.seconds >= pause_after:
+        if step % config.checkpoint_every != 1 % config.checkpoint_every:
+            return
+        # the step before this one was written down: a run that is killed goes on from there, with the work that it took
+        write_json(folder / PLAN_FILE, {**plan, "spent": spent + clock.seconds})
+        if pause_after is not None and clock.seconds >= pause_after:
             raise Paused(f"{step - 1} of {of} steps are done")
 
     spent = plan.get("spent", 0.0)
-    try:
-        report: TrainReport = train(arm, data, config, folder, each_step)  # type: ignore[arg-type]
-    except Paused:
-        write_json(folder / PLAN_FILE, {**plan, "spent": spent + clock.seconds})
-        raise
+    report: TrainReport = train(arm, data, config, folder, each_step)  # type: ignore[arg-type]
     work = spent + clock.seconds
     write_json(folder / PLAN_FILE, {**plan, "spent": work})
     began = Clock(device)

@@ -170,6 +170,19 @@ def test_a_paused_run_is_the_run_that_was_not(sudoku, tmp_path):
     assert found["training"]["work_seconds"] > 0
 
 
+def test_a_killed_run_keeps_count_of_the_work_before(sudoku, tmp_path):
+    def die(step: int, of: int, loss: float, phase: str) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_arm(sudoku, "masked-softmax", SMALL, TRAIN, 4, tmp_path, watch=die)
+    spent = json.loads((tmp_path / "plan.json").read_text())["spent"]
+    assert spent > 0
+    _, found = run_arm(sudoku, "masked-softmax", SMALL, TRAIN, 4, tmp_path)
+    assert found["training"]["work_seconds"] > spent
+
+
 def test_data_do_not_depend_on_the_number_of_processes(sudoku):
     one = next(CanvasData(sudoku, 8, 0, True).stream(2))
     halves = [next(CanvasData(sudoku, 4, 0, True).stream(2, rank, 2)) for rank in (0, 1)]
