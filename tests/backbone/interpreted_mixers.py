@@ -12,10 +12,9 @@ loader, runs no operator: test_checkpoint.py.)
 
 import copy
 import itertools
-import json
 import math
 import sys
-import traceback
+from pathlib import Path
 
 import torch
 from conftest import Layer, _make_layer
@@ -34,6 +33,9 @@ from latentcot.kernels.delta_rule import fused as delta_fused
 from latentcot.kernels.delta_rule import op as delta
 from latentcot.kernels.gated_scan import fused as scan_fused
 from latentcot.kernels.gated_scan import op as scan
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from interpreter import run_checks  # pyright: ignore[reportMissingImports]
 
 MIXERS = ("hgrn", "retnet", "gla", "hgrn2", "deltanet", "gated_deltanet")
 chosen: list[str] = []  # the back ends that operators were given
@@ -303,14 +305,17 @@ CHECKS = {
     **{f"poisoned-{name}": (poisoned, (name,)) for name in MIXERS},
 }
 
+
+def with_operators(check):
+    """The check, with the back ends that its operators ran on."""
+
+    def run(*arguments):
+        chosen.clear()
+        return check(*arguments) | {"operators": sorted(set(chosen))}
+
+    return run
+
+
 if __name__ == "__main__":
     use_triton()
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        chosen.clear()
-        try:
-            results[name] = check(*arguments) | {"operators": sorted(set(chosen))}
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks({name: (with_operators(check), arguments) for name, (check, arguments) in CHECKS.items()})

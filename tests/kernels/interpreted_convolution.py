@@ -8,11 +8,8 @@ The yardstick is the PyTorch path in float64, which test_short_convolution.py ho
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
-import json
-import sys
-import traceback
-
 import torch
+from interpreter import run_checks
 
 from latentcot.kernels import Bidirectional, Causal, short_convolution
 from latentcot.kernels.convolution import short_convolution_qkv
@@ -203,11 +200,4 @@ CHECKS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)

@@ -9,13 +9,11 @@ raised. Names as arguments select checks.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
-import json
-import sys
-import traceback
 import warnings
 from itertools import pairwise
 
 import torch
+from interpreter import run_checks
 
 from latentcot.kernels import Bidirectional, BlockCausal, Causal, hgrn2_attention
 from latentcot.kernels import decay_attention as public
@@ -445,11 +443,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # NumPy reports overflow in lanes that a kernel computes and then does not select
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)

@@ -6,12 +6,9 @@ Prints one JSON object: check name -> numbers, or the traceback of a check that 
 # Options go through dictionaries of mixed types, which a type checker cannot match with parameters.
 # pyright: reportArgumentType=false
 
-import json
-import sys
-import traceback
-
 import torch
 import torch.nn.functional as F
+from interpreter import run_checks
 
 from latentcot.kernels.delta_rule import reference
 from latentcot.kernels.delta_rule.triton_decode import Columns, gated_delta_decode, swiglu
@@ -281,11 +278,4 @@ CHECKS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)

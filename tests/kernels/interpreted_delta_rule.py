@@ -9,14 +9,12 @@ raised. Names as arguments select checks.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
-import json
-import sys
 import tempfile
-import traceback
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from interpreter import run_checks
 
 from latentcot.kernels import l2_norm
 from latentcot.kernels.delta_rule import chunked, reference
@@ -521,11 +519,4 @@ CHECKS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)

@@ -9,16 +9,14 @@ raised. Names as arguments select checks.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
-import json
-import sys
 import tempfile
-import traceback
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from interpreter import run_checks
 
 from latentcot.kernels import explain_backend, gated_scan
 from latentcot.kernels.gated_scan import reference
@@ -305,11 +303,4 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)

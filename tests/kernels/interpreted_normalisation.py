@@ -6,11 +6,8 @@ Prints one JSON object: check name -> numbers, or the traceback of a check that 
 # A function that takes any tensors cannot be matched with its parameters by a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-import json
-import sys
-import traceback
-
 import torch
+from interpreter import run_checks
 
 from latentcot.kernels import normalisation_triton
 from latentcot.kernels.normalisation import gated_rms_norm, l2_norm
@@ -165,11 +162,4 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)

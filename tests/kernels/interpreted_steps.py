@@ -6,11 +6,8 @@ Prints one JSON object: check name -> numbers, or the traceback of a check that 
 # Operators are called with ** dictionaries of tensors, which a type checker cannot match with their parameters.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
-import json
-import sys
-import traceback
-
 import torch
+from interpreter import run_checks
 
 from latentcot.kernels import l2_norm, step_triton
 from latentcot.kernels.decay_attention import reference as decay_reference
@@ -184,11 +181,4 @@ CHECKS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    results = {}
-    for name in sys.argv[1:] or CHECKS:
-        check, arguments = CHECKS[name]
-        try:
-            results[name] = check(*arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    run_checks(CHECKS)
