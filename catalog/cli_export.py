@@ -12,7 +12,7 @@ from latentcot.catalog.cli_common import choices, make_console, one_line_errors,
 from latentcot.catalog.export import FORMATS, feeds, lists, render
 from latentcot.catalog.record import Record, dump_json
 from latentcot.catalog.selection import select
-from latentcot.catalog.store import CatalogError, get, load_records, write_atomic
+from latentcot.catalog.store import CatalogError, get, load_records, write_output
 
 _OF_ONE = ("bibtex", "csl", "ris", "text")
 
@@ -75,7 +75,7 @@ def _write(text: str, output: Path | None, what: str) -> None:
         raise CatalogError(f"{output} is a folder, expected a file to write")
     if not output.parent.is_dir():
         raise CatalogError(f"the folder {output.parent} does not exist")
-    write_atomic(output, text)
+    write_output(output, text)
     print(f"{what} written to {output}", file=sys.stderr)
 
 

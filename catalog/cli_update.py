@@ -15,7 +15,7 @@ from latentcot.catalog.acceptance import writing
 from latentcot.catalog.cli_common import choices, make_console, one_line_errors, papers_app
 from latentcot.catalog.queue_store import Candidate, Folders, open_catalog, read_decision
 from latentcot.catalog.record import dump_json
-from latentcot.catalog.store import CatalogError, write_atomic
+from latentcot.catalog.store import CatalogError, write_output
 from latentcot.catalog.update.client import ARXIV_API, GAP, FeedClient, Politeness, user_agent
 
 review_app = typer.Typer(
@@ -93,7 +93,7 @@ def _deliver(text: str, summary: Path | None) -> None:
     if summary is None:
         sys.stdout.write(text)
     else:
-        write_atomic(summary, text)
+        write_output(summary, text)
 
 
 @papers_app.command("update")

@@ -29,8 +29,25 @@ def write_atomic(path: Path, text: str) -> bool:
     return write_bytes_atomic(path, text.encode("utf-8"))
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write ``text`` to a file that the user named: as :func:`write_atomic`, behind a link, and into a device or pipe.
+
+    A rename would put a file in the place of ``/dev/null`` or ``/dev/stdout``, and of a link what it points to.
+    """
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            file.write(text.encode("utf-8"))
+    else:
+        write_atomic(path.resolve(), text)
+
+
 def write_bytes_atomic(path: Path, data: bytes, *, sync: bool = True) -> bool:
-    """As :func:`write_atomic`, for bytes. ``sync=False`` does not wait for the disk: for what may be lost, such as a cache."""
+    """As :func:`write_atomic`, for bytes. ``sync=False`` does not wait for the disk: for what may be lost, such as a cache.
+
+    Raises :class:`CatalogError` where something other than a file stands in the place.
+    """
+    if path.exists() and not path.is_file():
+        raise CatalogError(f"{path} is a folder, a device or a pipe, expected a file or nothing")
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """The commands export, cite and from-bib, as a user calls them."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rispy
@@ -11,6 +13,7 @@ from latentcot.catalog import get, load_records
 from latentcot.catalog.cli import papers_app
 from latentcot.catalog.export import FORMATS, lists, render
 from latentcot.catalog.selection import select
+from latentcot.catalog.store import CatalogError, write_atomic
 
 runner = CliRunner()
 
@@ -95,6 +98,25 @@ def test_cite_prints_one_or_more_papers():
     assert "no paper" in refused("cite", "nothing-like-it")
     assert "--format" in refused("cite", "2412.06769", "--format", "csv")
     assert "empty" in refused("cite", " ")
+
+
+def test_an_output_that_is_a_pipe_a_device_or_a_link_stays_one(tmp_path):
+    text = run("export", "--format", "json").stdout
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "target.json"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text, encoding="utf-8")
+        assert run("export", "--format", "json", "--output", str(pipe)).exit_code == 0
+        assert read.result(timeout=30) == text
+    assert pipe.is_fifo()
+    target.write_text("old")
+    link.symlink_to(target)
+    assert run("export", "--format", "json", "--output", str(link)).exit_code == 0
+    assert link.is_symlink()
+    assert target.read_text(encoding="utf-8") == text
+    with pytest.raises(CatalogError, match="pipe, expected a file"):
+        write_atomic(pipe, "x")
+    assert pipe.is_fifo()
 
 
 def test_from_bib_tells_known_and_missing(tmp_path):
