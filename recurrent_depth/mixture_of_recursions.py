@@ -168,7 +168,9 @@ class MixtureOfRecursions(ReadingReasoner):
         self.router = nn.Linear(backbone.config.hidden_size, n, bias=False, device=like.device, dtype=like.dtype)
         if not self.router.weight.is_meta:
             nn.init.normal_(self.router.weight, 0.0, backbone.config.initializer_range)
-        self.register_buffer("load_bias", self.router.weight.detach().new_zeros(n))
+        # in fp32 or better: in 16 bits a thousandth more is lost from one half on
+        precise = torch.promote_types(self.router.weight.dtype, torch.float32)
+        self.register_buffer("load_bias", self.router.weight.detach().new_zeros(n, dtype=precise))
 
     # -- the pass ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +264,7 @@ class MixtureOfRecursions(ReadingReasoner):
     def _depths(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Token choice: depth from 0 and its probability, ``[B, S]`` both. A balancing bias chooses, but does not weigh."""
         p = logits.softmax(-1)
-        depth = (logits + self.load_bias.to(logits)).argmax(-1) if self.settings["balance"] == "bias" else p.argmax(-1)
+        depth = (logits + self.load_bias).argmax(-1) if self.settings["balance"] == "bias" else p.argmax(-1)
         return depth, p.gather(-1, depth[..., None])[..., 0]
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -299,7 +301,9 @@ class MixtureOfRecursions(ReadingReasoner):
     def move_bias(self, depth: Tensor) -> None:
         """One step of balancing without a loss: depths with fewer tokens than their share (``depth [P]``, from 0) are raised."""
         load = torch.bincount(depth, minlength=self.recursions).double()
-        self.load_bias += self.settings["bias_step"] * (load.mean() - load).sign().to(self.load_bias)
+        # a cast of the model has cast the bias too
+        precise = self.load_bias.to(torch.promote_types(self.load_bias.dtype, torch.float32))
+        self.load_bias = precise + self.settings["bias_step"] * (load.mean() - load).sign().to(precise)
 
     def flops(self, out: Routed, new: Tensor, past: Tensor | int, head: Tensor | int) -> Tensor:
         """Forward FLOPs of a pass over ``new`` tokens after ``past`` ones, row by row, the head at ``head`` positions."""

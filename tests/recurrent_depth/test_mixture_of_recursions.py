@@ -271,3 +271,11 @@ def test_settings_are_checked(make_mor, make_backbone):
         make_mor(HYBRID, cache="shared")
     with pytest.raises(ValueError, match="window_size = 4"):
         MixtureOfRecursions(make_backbone(mixers=ATTENTION, attention={"num_heads": 4, "window_size": 4}))
+
+
+def test_the_balancing_bias_keeps_moving_in_a_model_of_16_bits(make_mor):
+    model = make_mor(routing="token", balance="bias", bias_step=0.001).to(torch.bfloat16)
+    for _ in range(800):
+        model.move_bias(torch.zeros(9, dtype=torch.long))
+    assert model.load_bias.tolist() == pytest.approx([-0.8, 0.8, 0.8], abs=1e-4)
+    assert (model.route(torch.randint(7, 12, (1, 4))).depth - 1 > 0).all()
