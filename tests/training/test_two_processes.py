@@ -31,27 +31,32 @@ class Data(PackedText):
                 raise SystemExit(7)
             yield batch
 
-text, out, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = LanguageModel(HybridForCausalLM(HybridConfig(
-    vocab_size=259, hidden_size=16, num_hidden_layers=2, period=2, attention={"num_heads": 2},
-    gated_deltanet={"num_heads": 1, "head_dim": 8}, intermediate_size=16)))
-data = Data(TokenizedText(text), 16, 4)
-object.__setattr__(data, "stop", stop if stop >= 0 else None)
-seen = []
-report = train(model, data, TrainConfig(steps=6, warmup_steps=2, checkpoint_every=2, log_every=1), out,
-               watch=lambda step, of, loss, phase: seen.append(step))
 from accelerate import PartialState
-rank = PartialState().process_index
-(out / f"report{rank}.json").write_text(json.dumps({
-    "processes": PartialState().num_processes, "watched": seen, "examples": report.examples, "flops": report.flops,
-    "losses": [h["loss"] for h in report.history]}))
-torch.save(model.state_dict(), out / f"weights{rank}.pt")
+
+text, folder = Path(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+for run in sys.argv[3:]:
+    name, _, stop = run.partition(":")
+    out = folder / name
+    torch.manual_seed(0)
+    model = LanguageModel(HybridForCausalLM(HybridConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, period=2, attention={"num_heads": 2},
+        gated_deltanet={"num_heads": 1, "head_dim": 8}, intermediate_size=16)))
+    data = Data(TokenizedText(text), 16, 4)
+    object.__setattr__(data, "stop", int(stop) if stop else None)
+    seen = []
+    report = train(model, data, TrainConfig(steps=6, warmup_steps=2, checkpoint_every=2, log_every=1), out,
+                   watch=lambda step, of, loss, phase: seen.append(step))
+    rank = PartialState().process_index
+    (out / f"report{rank}.json").write_text(json.dumps({
+        "processes": PartialState().num_processes, "watched": seen, "examples": report.examples, "flops": report.flops,
+        "losses": [h["loss"] for h in report.history]}))
+    torch.save(model.state_dict(), out / f"weights{rank}.pt")
 '''
 
 
-def launched(folder: Path, name: str, processes: int, stop: int = -1) -> int:
+def launched(folder: Path, processes: int, *runs: str) -> int:
+    """Train each of ``runs``, ``NAME`` or ``NAME:BATCH`` to stop in front of a batch, one after the other in the same processes."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script)]
@@ -62,13 +67,13 @@ def launched(folder: Path, name: str, processes: int, stop: int = -1) -> int:
         command = [*launcher, "--num_processes", str(processes), *options, str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(folder / "text"), str(folder / name), str(stop)],
+        [*command, str(folder / "text"), str(folder), *runs],
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
-    if done.returncode and stop < 0:
+    if done.returncode and not any(":" in run for run in runs):
         raise AssertionError(done.stderr[-3000:])
     return done.returncode
 
@@ -79,12 +84,11 @@ def runs(tmp_path_factory) -> Path:
     # Documents of very different lengths: labels fall unevenly on the processes.
     documents = [f"document {i} " + "abcdefgh"[i % 8] * (1 + 13 * i % 29) for i in range(30)]
     tokenize_corpus(folder / "text", documents, ByT5Tokenizer(extra_ids=0))
-    launched(folder, "one", 1)
-    launched(folder, "two", 2)
-    assert launched(folder, "cut", 2, stop=3) != 0
+    launched(folder, 1, "one")
+    assert launched(folder, 2, "two", "cut:3") != 0
     assert (folder / "cut" / "checkpoint.safetensors").is_file()
     assert not (folder / "cut" / "report0.json").exists()
-    launched(folder, "cut", 2)
+    launched(folder, 2, "cut")
     return folder
 
 
