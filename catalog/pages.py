@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
@@ -55,7 +56,12 @@ def clean(text: str) -> str:
 
 def escape(text: object) -> Markup:
     """``text`` so that neither Markdown nor HTML sees anything but letters in it, inside and outside of attributes."""
-    return Markup(_SPECIAL.sub(_entity, clean(str(text))).replace("'", "&#39;"))
+    return _escaped(str(text))
+
+
+@lru_cache(maxsize=8192)  # names of topics, authors and venues come again and again
+def _escaped(text: str) -> Markup:
+    return Markup(_SPECIAL.sub(_entity, clean(text)).replace("'", "&#39;"))
 
 
 def _entity(match: re.Match[str]) -> str:

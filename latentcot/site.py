@@ -81,9 +81,27 @@ def build_site(
         SiteError: not in a checkout, an extra is missing, the output folder is not ours, a notebook failed, or MkDocs
             found something to complain about.
     """
+    # The parsed packages are a million objects that stay: looking through them again and again takes a tenth of the time.
+    resting = gc.isenabled()
+    gc.disable()
+    try:
+        return _build_site(output.resolve(), notebooks, results, strict, work, records, say)
+    finally:
+        if resting:
+            gc.enable()
+
+
+def _build_site(
+    output: Path,
+    notebooks: NotebookMode,
+    results: Path | None,
+    strict: bool,
+    work: Path | None,
+    records: Sequence[Any] | None,
+    say: Callable[[str], None],
+) -> SiteReport:
     started = time.monotonic()
     root = checkout_root()
-    output = output.resolve()
     _check_output(output, root)
     _need_extras(root, notebooks)
     work = (work or root / "build").resolve()
@@ -274,11 +292,9 @@ def _run_mkdocs(
         config = load_config(str(root / "mkdocs.yml"), docs_dir=str(source), site_dir=str(new), nav=nav, strict=strict)
         config.plugins["latentcot/light-pages"] = LightPages()  # no part of mkdocs.yml: the site is the same without it
         config.plugins.run_event("startup", command="build", dirty=False)
-        gc.disable()  # the parsed packages are a million objects that stay; looking through them again and again is a tenth
         try:
             build(config)
         finally:
-            gc.enable()
             config.plugins.run_event("shutdown")
     except (MkDocsException, SystemExit) as error:
         found = collector.lines or [" ".join(str(error).split())]

@@ -76,7 +76,7 @@ def _api_markdown(name: str, source: Path, tree: ast.Module) -> str:
     lines = [f"# {name}", ""]
     exported = _exported(tree)
     if exported:
-        homes = _homes(name, source, tree)
+        homes = _homes(name, source, tree, set(exported))
         lines += _directive(name, members=[])
         for export in exported:
             if export in homes:  # the rest are sub-packages, which have pages or modules of their own
@@ -126,18 +126,23 @@ def _exported(tree: ast.Module) -> list[str]:
     return []
 
 
-def _homes(name: str, source: Path, tree: ast.Module) -> dict[str, str]:
-    """Exported name -> module that defines it, for names that the package imports at once or on first use."""
+def _homes(name: str, source: Path, tree: ast.Module, wanted: set[str]) -> dict[str, str]:
+    """Exported name -> module that defines it, for names that the package imports at once or on first use.
+
+    The package's modules are read only where it does not say itself where all ``wanted`` names come from.
+    """
     homes: dict[str, str] = {}
-    if source.name == "__init__.py":
-        for path in sorted(source.parent.glob("*.py")):
-            if path != source:
-                inside = ast.parse(path.read_text(encoding="utf-8"))
-                homes |= dict.fromkeys(_defined(inside), f"{name}.{path.stem}")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             homes |= {alias.asname or alias.name: node.module for alias in node.names}
-    return homes | dict.fromkeys(_defined(tree), name)
+    homes |= dict.fromkeys(_defined(tree), name)
+    inside: dict[str, str] = {}
+    if source.name == "__init__.py" and not wanted <= homes.keys():
+        for path in sorted(source.parent.glob("*.py")):
+            if path != source:
+                module = ast.parse(path.read_text(encoding="utf-8"))
+                inside |= dict.fromkeys(_defined(module), f"{name}.{path.stem}")
+    return inside | homes
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:
