@@ -99,6 +99,11 @@ def compare_command(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, expected a folder")
     of_methods, of_tasks = _names("methods", methods), _names("task", task) if preset in STUDIES else None
+    if task is not None and preset in PRESETS:
+        from latentcot.tasks import task_names, task_type
+
+        if task not in task_names():
+            task_type(task)  # raises, with close names
     _needs("compare", "accelerate", "matplotlib")
     if preset in STUDIES:
         of_depth = preset.startswith("depth")

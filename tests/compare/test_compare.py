@@ -213,6 +213,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, latentcot, arguments, m
         (["hybrid-ratio", "--methods", "gla,gla"], "gla named twice"),
         (["--methods", ","], "at least one"),
         (["--jobs", "0"], "jobs"),
+        (["--task", "gruop"], "did you mean 'group'"),
     ],
 )
 def test_what_can_be_refused_without_torch_is_refused_without_it(tmp_path, arguments, message):
