@@ -10,6 +10,7 @@ gradient, keys and values are neither copied nor joined: they go to the column b
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -413,14 +414,23 @@ def _recurrence(
     """The next state of ``rows``, and what each linear block's mixer read."""
     hidden = loop.adapter(s, embedded)
     inputs = {}
-    for block in range(loop.core.start, loop.core.stop):
-        view, needed = passing.view(block, number, rows)
-        before = passing.state_of(rows, {} if view is None else {(block, number): view})
-        if block - loop.core.start in passing.linear:
-            layer: Any = loop.backbone.model.layers[block]
-            inputs[block] = hidden if layer.norm_placement == "post" else layer.attn_norm(hidden)
-        context = passing.context_of(rows, needed)
-        hidden, after = loop.backbone.run(hidden, context, slice(block, block + 1), before, number)
+    blocks = range(loop.core.start, loop.core.stop)
+    views = {block: passing.view(block, number, rows) for block in blocks}
+
+    def together(block: int) -> Any:
+        """Attention blocks in a row that see the same tokens run in one call; what a linear one reads must be kept."""
+        return (block, None) if block - loop.core.start in passing.linear else (None, views[block][1])
+
+    for (linear, _), group in groupby(blocks, together):
+        part = list(group)
+        entries = {(block, number): view for block in part if (view := views[block][0]) is not None}
+        if linear is not None:
+            layer: Any = loop.backbone.model.layers[linear]
+            inputs[linear] = hidden if layer.norm_placement == "post" else layer.attn_norm(hidden)
+        context = passing.context_of(rows, views[part[0]][1])
+        here = slice(part[0], part[-1] + 1)
+        hidden, after = loop.backbone.run(hidden, context, here, passing.state_of(rows, entries), number)
         assert after is not None
-        passing.write(block, number, rows, after.entries[block, number])
+        for block in part:
+            passing.write(block, number, rows, after.entries[block, number])
     return (loop.backbone.model.norm(hidden) if loop.readout.loop_norm == "every_recurrence" else hidden), inputs
