@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-rows", type=positive, default=4 if cuda else 2)
     parser.add_argument("--block-length", type=positive, default=32)
     parser.add_argument("--rows", type=positive, default=8, help="rows that are sampled together")
-    parser.add_argument("--vocab", type=positive, default=131_072 if cuda else 32_768, help="of the sampled model")
+    parser.add_argument("--vocab", type=positive, default=131_072 if cuda else 8192, help="of the sampled model")
     parser.add_argument("--repeats", type=positive, default=21)
     parser.add_argument("--json", type=Path, default=Path("docs/benchmarks/diffusion-shares.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/diffusion-shares.md"))

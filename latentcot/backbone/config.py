@@ -163,7 +163,9 @@ class HybridConfig(PreTrainedConfig):
     @property
     def fingerprint(self) -> str:
         """Short name of everything that shapes a state: a state made by another architecture is refused."""
-        own = vars(self)  # every read of an attribute goes through the base class, and this is asked for with every run of blocks
+        own = vars(
+            self
+        )  # every read of an attribute goes through the base class, and this is asked for with every run of blocks
         shape = {"D": own["hidden_size"], "mixers": own["mixers"]} | {name: own[name] for name in set(own["mixers"])}
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 

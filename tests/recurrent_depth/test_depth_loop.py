@@ -151,7 +151,9 @@ def test_more_recurrences_change_the_result(loop, ids, start):
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 5e-5)], ids=["fp64", "fp32"])
 def test_any_cut_with_state_equals_one_pass(make_backbone, ids, start, cuts, dtype, atol):
     loop = DepthLoop(make_backbone(convolution_init="uniform")).to(dtype)
-    for parameter in loop.parameters():  # of ordinary size: wide weights make a loop amplify rounding, on some processors above the bound
+    for parameter in (
+        loop.parameters()
+    ):  # of ordinary size: wide weights make a loop amplify rounding, on some processors above the bound
         parameter.data *= 0.3 if parameter.dim() > 1 else 1.0
     whole = loop.recur(ids, 3, initial_state=start)
     state, logits, at = None, [], 0
