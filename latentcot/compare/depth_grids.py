@@ -53,31 +53,30 @@ def grids_lines(found: Found, pictures: str) -> list[str]:
 
 def _solver_lines(runs: list[dict[str, Any]], pictures: str) -> list[str]:
     lines = [
-        "TRM, trained by the clock (`python -m latentcot.recurrent_depth.recursive_solvers.sudoku_run`):",
+        "TRM, trained by the clock (`python -m latentcot.recurrent_depth.recursive_solvers.sudoku_run`), one seed each:",
         "",
-        "| grid | blanks | puzzles | width | parameters | batch | steps | seconds | stops by itself | segments | all segments | "
-        "twice as many | last weights | look-up |",
-        "| --- |" + " ---: |" * 13,
+        *(
+            f"* {GRIDS.get(run['preset'], run['preset'])}: {run['task']['blanks']} blanks, {run['puzzles']:,} training puzzles under "
+            f"fresh symmetries, width {run['solver']['hidden_size']}, {run['parameters']:,} parameters, batches of {run['batch']}, "
+            f"{_machine(run)}."
+            for run in {run["preset"]: run for run in runs}.values()
+        ),
+        "",
+        "| grid | seconds | steps | all segments | stops by itself | segments | twice as many | last weights | look-up |",
+        "| --- |" + " ---: |" * 8,
     ]
     for run in runs:
         test = run["test"]
         lines.append(
-            f"| {GRIDS.get(run['preset'], run['preset'])} | {run['task']['blanks']} | {run['puzzles']:,} | "
-            f"{run['solver']['hidden_size']} | {run['parameters']:,} | {run['batch']} | {run['steps']:,} | {run['seconds']:.0f} | "
-            f"{test['exact']:.3f} | {test['segments']:.1f} | {run['test_without_halting']['exact']:.3f} | "
-            f"{run['test_longer']['exact']:.3f} | "
-            f"{run['test_last_weights']['exact']:.3f} | {run['baselines']['lookup']:.3f} |"
+            f"| {GRIDS.get(run['preset'], run['preset'])} | {run['seconds']:.0f} | {run['steps']:,} | "
+            f"{run['test_without_halting']['exact']:.3f} | {test['exact']:.3f} | {test['segments']:.1f} | "
+            f"{run['test_longer']['exact']:.3f} | {run['test_last_weights']['exact']:.3f} | {run['baselines']['lookup']:.3f} |"
         )
-    machines = {
-        f"{m['device']}, torch {m['torch']}{', compiled blocks' if m.get('compiled') else ''}"
-        for m in (run["machine"] for run in runs)
-    }
     segments = " or ".join(str(n) for n in sorted({run["supervision"]["segments"] for run in runs}))
     lines += [
         "",
-        f"*Stops by itself*: the halt logit decides, a puzzle at a time; *all segments*: as many as in training ({segments}), as the "
-        "published evaluations do; *last weights*: without the weight average, stopping by itself. One seed each. "
-        f"{'; '.join(sorted(machines))}.",
+        f"*All segments*: as many as in training ({segments}), as the published evaluations do; *stops by itself*: the halt logit decides, "
+        "a puzzle at a time; *last weights*: without the weight average, stopping by itself.",
         "",
     ]
     runs = [run for run in runs if not run["preset"].endswith("4")]  # all of 4x4 falls to singles
@@ -103,6 +102,11 @@ def _solver_lines(runs: list[dict[str, Any]], pictures: str) -> list[str]:
         caption = "Training grids of 9x9 that are right when a row leaves, against steps"
         lines += [f"![{caption}]({pictures}/{PICTURE}.png)", "", caption + ".", ""]
     return lines
+
+
+def _machine(run: dict[str, Any]) -> str:
+    machine = run["machine"]
+    return f"{machine['device']}, torch {machine['torch']}{', compiled blocks' if machine.get('compiled') else ''}"
 
 
 def _study_lines(runs: list[dict[str, Any]]) -> list[str]:
