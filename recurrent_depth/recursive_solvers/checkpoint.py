@@ -23,12 +23,13 @@ FORMAT = 1
 
 @dataclass
 class SolverProgress:
-    """Optimiser steps and seconds spent, the logged rows, and the steps behind the last of them."""
+    """Optimiser steps and seconds spent, the logged rows, the steps behind the last of them, and the examples taken from a queue."""
 
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)
+    given: int = 0
 
 
 def save_solver(

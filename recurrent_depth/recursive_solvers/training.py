@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from latentcot.recurrent_depth.example_queue import ExampleQueue
 from latentcot.recurrent_depth.recursive_solvers.checkpoint import SolverProgress, load_solver, save_solver
 from latentcot.recurrent_depth.recursive_solvers.optimisers import ArctangentAdam, SignDescent
-from latentcot.recurrent_depth.recursive_solvers.supervision import DeepSupervision
+from latentcot.recurrent_depth.recursive_solvers.supervision import DeepSupervision, SupervisionCarry
 from latentcot.recurrent_depth.settings import check_choice, check_count
 
 Examples = tuple[dict[str, Tensor], Tensor]
@@ -80,9 +81,10 @@ class TrainingResult:
 
 def train_solver(
     model: DeepSupervision,
-    draw: Callable[[int], Examples],
+    draw: Callable[[int], Examples] | ExampleQueue,
     training: SolverTraining,
     *,
+    rows: int | None = None,
     log_every: int = 100,
     watch: Callable[[dict[str, float]], None] | None = None,
     each_step: Callable[[int, float, float], None] | None = None,
@@ -94,8 +96,11 @@ def train_solver(
     """Train ``model`` in place.
 
     Args:
-        draw: step number -> fresh inputs and targets, always of the same shapes; rows still at work ignore theirs.
+        draw: step number -> fresh inputs and targets, always of the same shapes; rows still at work ignore theirs, which a stream
+            without end can afford. Or an :class:`~latentcot.recurrent_depth.ExampleQueue` of ``(inputs, targets)``: it is asked for
+            as many examples as rows are free, so that every epoch is the data set once.
         training: see :class:`SolverTraining`.
+        rows: of a batch; with a queue alone.
         watch: called with every row of the history.
         each_step: called with (step, seconds, loss) after every step.
         checkpoint: file to go on from when it is there, written every ``checkpoint_every`` seconds and at the end. A run that goes on
@@ -106,8 +111,19 @@ def train_solver(
 
     Raises:
         FloatingPointError: the loss is not finite; the weights are those of the step before.
-        ValueError: a damaged or foreign checkpoint.
+        ValueError: a damaged or foreign checkpoint; ``rows`` without a queue, or a queue without.
     """
+    queue = draw if isinstance(draw, ExampleQueue) else None
+    if (queue is None) != (rows is None):
+        raise ValueError(f"rows: {rows!r} given; a queue needs it, and a function brings its own")
+    nobody = torch.zeros(check_count("rows", 1 if rows is None else rows, 1), dtype=torch.bool)
+
+    def examples(step: int, carry: SupervisionCarry | None) -> Examples:
+        if queue is not None:
+            return queue.take(nobody if carry is None else carry.halted.cpu())
+        assert not isinstance(draw, ExampleQueue)
+        return draw(step)
+
     optimisers = _optimisers(model, training)
     base = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     average = None
@@ -117,11 +133,14 @@ def train_solver(
     progress, carry = SolverProgress(), None
     identity = _identity(training, run)
     if checkpoint is not None and checkpoint.is_file():
-        fresh = model.begin(*draw(0))
+        fresh = model.begin(*examples(0, None))
         progress, carry = load_solver(checkpoint, model, optimisers, average, fresh, generator, identity)
+        if queue is not None:
+            queue.given = progress.given
 
     def save() -> None:
         if checkpoint is not None and carry is not None:
+            progress.given = 0 if queue is None else queue.given
             save_solver(checkpoint, model, optimisers, average, carry, generator, progress, identity)
 
     before, started = progress.seconds, time.perf_counter()
@@ -138,8 +157,11 @@ def train_solver(
         if now - saved >= checkpoint_every:
             save()
             saved = now
-        inputs, targets = draw(progress.step)
-        carry = model.begin(inputs, targets) if carry is None else carry
+        inputs, targets = examples(progress.step, carry)
+        if carry is None:
+            carry = model.begin(inputs, targets)
+            if queue is not None:  # what it gave set shapes alone, now every row is free
+                inputs, targets = examples(progress.step, carry)
         share = min(1.0, (progress.step + 1) / max(1, training.warmup_steps))
         groups = [group for optimiser in optimisers for group in optimiser.param_groups]
         for group, full in zip(groups, base, strict=True):

@@ -11,7 +11,14 @@ from latentcot.reasoner import AnswerLimits, PromptBatch, StepContext, TaskBatch
 from latentcot.recurrent_depth import DepthRecurrence, ExitRule, Ouro
 from latentcot.recurrent_depth.example_queue import ExampleQueue
 from latentcot.recurrent_depth.latent_thoughts import Coconut, CoconutPause
-from latentcot.recurrent_depth.recursive_solvers import DeepSupervision, RecursiveSolver, SupervisionConfig, trm
+from latentcot.recurrent_depth.recursive_solvers import (
+    DeepSupervision,
+    RecursiveSolver,
+    SolverTraining,
+    SupervisionConfig,
+    train_solver,
+    trm,
+)
 
 METHODS = {
     "depth_recurrence": (DepthRecurrence, {"sampler": {"mean": 3}}),
@@ -188,6 +195,45 @@ def test_R_1_an_epoch_is_the_data_set_whenever_rows_are_free():
     assert seen[:size] != seen[size : 2 * size]
     with pytest.raises(ValueError, match="free: shape"):
         queue.take(torch.ones(4))
+
+
+def test_R_1_training_takes_as_many_examples_as_rows_are_free_also_over_a_break(tmp_path):
+    size, rows = 5, 3
+    grids = torch.randint(1, 6, (size, 10), generator=torch.Generator().manual_seed(1))
+
+    def trained(file, steps):
+        def make(chosen):
+            return {"grid": grids[list(chosen)]}, grids[list(chosen)]
+
+        queue = ExampleQueue(size, make, seed=2)
+        torch.manual_seed(0)
+        config = trm(6, 10, hidden_size=32, num_heads=4, multiple_of=16, prefix=2, cycles=1, latent_updates=1)
+        model = DeepSupervision(RecursiveSolver(config), SupervisionConfig(segments=3, explore=0.5))
+        training = SolverTraining(steps=steps, learning_rate=1e-3, warmup_steps=1, average=None)
+        done = train_solver(model, queue, training, rows=rows, checkpoint=file, log_every=1)
+        return done, queue
+
+    whole, queue = trained(None, 12)
+    assert rows * 12 / 3 <= queue.given < rows * 12, "busy rows take nothing"
+    cut, _ = trained(tmp_path / "run", 5)
+    assert cut.steps == 5
+    again, taken_up = trained(tmp_path / "run", 12)
+    assert taken_up.given == queue.given
+    for one, other in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
+    # the examples that were started, in order, are whole epochs of the data set
+    order = [queue.index(n) for n in range(2 * size)]
+    assert sorted(order[:size]) == sorted(order[size:]) == list(range(size))
+
+
+def test_R_1_a_queue_needs_the_rows_of_a_batch():
+    model = solver_with_halts([])
+    queue = ExampleQueue(2, lambda chosen: chosen)
+    with pytest.raises(ValueError, match="a queue needs it"):
+        train_solver(model, queue, SolverTraining(steps=1))
+    with pytest.raises(ValueError, match="brings its own"):
+        train_solver(model, lambda step: ({}, torch.zeros(1)), SolverTraining(steps=1), rows=2)
 
 
 def test_R_1_answering_starts_every_example_from_the_initial_state():
