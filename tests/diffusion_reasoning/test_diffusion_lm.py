@@ -1,6 +1,7 @@
 """The model as transformers sees it, and the training recipes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -326,7 +327,8 @@ def test_one_batch_in_a_hundred_is_cut():
 def test_an_end_of_text_is_not_made_up_where_the_model_has_none_or_several(eos):
     lm = model(eos_token_id=eos)
     assert lm.diffusion_generate(ids(), max_new_tokens=2).sequences.shape == (2, 7)
-    for wanted in ({"stop": "eos_block"}, {"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}):
+    asking: list[dict[str, Any]] = [{"stop": "eos_block"}, {"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}]
+    for wanted in asking:
         with pytest.raises(ValueError, match="eos_id: the sampler looks for the end of a text"):
             lm.diffusion_generate(ids(), max_new_tokens=2, **wanted)
         lm.diffusion_generate(ids(), max_new_tokens=2, eos_id=9, **wanted)
