@@ -1,5 +1,7 @@
 """What each quota reveals, against its definition."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from latentcot.diffusion_reasoning import (
     register_quota,
     register_remask,
 )
+from latentcot.diffusion_reasoning.confidence import CONFIDENCES
+from latentcot.diffusion_reasoning.quota import QUOTAS
 
 
 def view(confidence: Tensor, candidates: Tensor | None = None, steps: int = 1, step: int = 0) -> PassView:
@@ -127,7 +131,14 @@ def test_easy_first_keeps_all_but_the_least_certain_share():
     assert last.all()
 
 
-def test_own_values_have_names():
+@pytest.fixture
+def names_of_this_test():
+    """What is registered is forgotten afterwards, or the tests behind would know it."""
+    with patch.dict(CONFIDENCES), patch.dict(QUOTAS):
+        yield
+
+
+def test_own_values_have_names(names_of_this_test):
     class Two(Quota):
         def reveal(self, view: PassView) -> Tensor:
             return view.candidates & (view.ranks < 2)
