@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -289,28 +289,43 @@ def render(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def published(path: Path) -> list[dict[str, Any]]:
+    """Runs that a benchmark's file holds; leaves with code 2 and a sentence where it holds something else."""
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        print(f"--json: {path} holds no runs of this benchmark; move it away", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def publish(
+    run: dict[str, Any],
+    runs: Sequence[dict[str, Any]],
+    settings: argparse.Namespace,
+    render: Callable[[Sequence[dict[str, Any]]], str],
+) -> None:
+    """Write ``run`` beside ``runs``, in place of one of the same machine, to ``settings.json``, and the page to ``settings.page``."""
+    same = (run["machine"], run["device"])
+    kept = [*(r for r in runs if (r["machine"], r["device"]) != same), run]
+    write_text(settings.json, json.dumps({"runs": kept}, indent=1) + "\n")
+    page = render(kept)
+    write_text(settings.page, page)
+    print(page)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write both files, print the page."""
     settings = parse(arguments)
     if settings.device == "cpu":
         torch.set_num_threads(1)
-    runs: list[dict[str, Any]] = []
-    if settings.json.is_file():
-        try:
-            runs = json.loads(settings.json.read_text(encoding="utf-8"))["runs"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            print(f"--json: {settings.json} holds no runs of this benchmark; move it away", file=sys.stderr)
-            raise SystemExit(2) from None
+    runs = published(settings.json)
     console = Console(stderr=True)
     kept = ("contexts", "block_length", "passes", "rows", "width", "layers", "mixer", "repeats")
     run = environment(settings) | {"settings": {name: getattr(settings, name) for name in kept}}
     run["rows"] = measure(settings, console)
-    same = (run["machine"], run["device"])
-    runs = [r for r in runs if (r["machine"], r["device"]) != same] + [run]
-    write_text(settings.json, json.dumps({"runs": runs}, indent=1) + "\n")
-    page = render(runs)
-    write_text(settings.page, page)
-    print(page)
+    publish(run, runs, settings, render)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ autograd keeps for the backward pass (on any device; parameters are not counted)
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +22,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from latentcot.backbone import HybridConfig, HybridForCausalLM
-from latentcot.diffusion_reasoning.bench import DTYPES, MASK, environment, positive, seconds_of
+from latentcot.diffusion_reasoning.bench import DTYPES, MASK, environment, positive, publish, published, seconds_of
 from latentcot.diffusion_reasoning.block_diffusion import BlockDiffusionModel, block_diffusion_loss
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
 from latentcot.diffusion_reasoning.samplers import fill_block
-from latentcot.files import write_text
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "confidence, eight a pass": {"steps": 4},
@@ -245,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     if given.device == "cpu":
         torch.set_num_threads(1)
-    runs = json.loads(given.json.read_text(encoding="utf-8"))["runs"] if given.json.is_file() else []
+    runs = published(given.json)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         training = bar.add_task("training steps", total=given.repeats)
@@ -255,12 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure_sampling(given, lambda: bar.advance(sampling)),
         )
     run = environment(given) | {"settings": {name: getattr(given, name) for name in KEPT}, "found": found}
-    same = (run["machine"], run["device"])
-    runs = [r for r in runs if (r["machine"], r["device"]) != same] + [run]
-    write_text(given.json, json.dumps({"runs": runs}, indent=1) + "\n")
-    page = render(runs)
-    write_text(given.page, page)
-    print(page)
+    publish(run, runs, given, render)
 
 
 if __name__ == "__main__":

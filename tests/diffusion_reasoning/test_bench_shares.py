@@ -65,3 +65,13 @@ def test_bad_settings_are_one_line(given, message, capsys):
         bench_shares.parse(["--device", "cpu", *given])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(tmp_path, capsys, one_thread):
+    (tmp_path / "shares.json").write_text("[]", encoding="utf-8")
+    files = ["--json", str(tmp_path / "shares.json"), "--page", str(tmp_path / "shares.md")]
+    with pytest.raises(SystemExit) as left:
+        bench_shares.main([*TINY, *files])
+    assert left.value.code == 2
+    assert "holds no runs of this benchmark" in capsys.readouterr().err
+    assert not (tmp_path / "shares.md").exists()
