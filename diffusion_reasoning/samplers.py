@@ -166,7 +166,7 @@ def _run(
             stacklevel=3,
         )
     batch = canvas.ids.shape[0]
-    noise = Noise(_row_seeds(row_seeds, config.seed, batch, canvas.ids.device))
+    noise = Noise(seeds_of_rows(row_seeds, config.seed, batch, canvas.ids.device))
     recorder = None
     if config.record is not None:
         recorder = Recorder(canvas.real, canvas.maskable, config.mask_id, config.record == "full", model)
@@ -201,7 +201,8 @@ def lay_out(
     return ids, real, maskable
 
 
-def _row_seeds(row_seeds: Tensor | None, seed: int | None, batch: int, device: torch.device) -> Tensor:
+def seeds_of_rows(row_seeds: Tensor | None, seed: int | None, batch: int, device: torch.device) -> Tensor:
+    """One number a row ``[B]``: those given, or from ``seed`` and the row's number."""
     if row_seeds is not None:
         if row_seeds.shape != (batch,) or row_seeds.dtype != torch.int64:
             raise ValueError(

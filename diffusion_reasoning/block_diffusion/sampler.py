@@ -19,8 +19,15 @@ from latentcot.backbone import LayerState
 from latentcot.diffusion_reasoning.block_diffusion.model import BlockDiffusionModel, BlockState
 from latentcot.diffusion_reasoning.block_diffusion.recording import BlockRecorder
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
-from latentcot.diffusion_reasoning.noise import mix
-from latentcot.diffusion_reasoning.samplers import Allowed, DiffusionOutput, Hook, LogitsFn, fill_block, lay_out
+from latentcot.diffusion_reasoning.samplers import (
+    Allowed,
+    DiffusionOutput,
+    Hook,
+    LogitsFn,
+    fill_block,
+    lay_out,
+    seeds_of_rows,
+)
 from latentcot.diffusion_reasoning.stopping import degenerate
 
 
@@ -61,7 +68,9 @@ def block_generate(
     if not len(ids):
         nothing = torch.zeros(0, dtype=torch.long, device=ids.device)
         return DiffusionOutput(ids, nothing, nothing.bool(), exact=model.exact)
-    run = _Run(model, config, ids, real, maskable, allowed, hook, _seeds(row_seeds, config.seed, ids))
+    run = _Run(
+        model, config, ids, real, maskable, allowed, hook, seeds_of_rows(row_seeds, config.seed, len(ids), ids.device)
+    )
     run.read_what_is_given()
     while run.next_block():
         pass
@@ -391,19 +400,6 @@ def _groups(*keys: Tensor) -> list[Tensor]:
     """Row numbers by equal keys: rows of one group run the same sampler."""
     _, which = torch.unique(torch.stack(keys, 1), dim=0, return_inverse=True)
     return [(which == g).nonzero()[:, 0] for g in range(int(which.max()) + 1)]
-
-
-def _seeds(row_seeds: Tensor | None, seed: int | None, ids: Tensor) -> Tensor:
-    """As the sampler over a whole canvas makes them."""
-    batch, device = ids.shape[0], ids.device
-    if row_seeds is not None:
-        if row_seeds.shape != (batch,) or row_seeds.dtype != torch.int64:
-            raise ValueError(
-                f"row_seeds: shape {list(row_seeds.shape)} of {row_seeds.dtype} given, expected [{batch}] of int64"
-            )
-        return row_seeds.to(device)
-    base = int(torch.randint(2**62, ())) if seed is None else seed
-    return mix(torch.arange(batch, device=device) + mix(torch.full((), base, dtype=torch.int64, device=device)))
 
 
 def _check(model: BlockDiffusionModel, config: DiffusionGenerationConfig, real: Tensor, maskable: Tensor) -> None:
