@@ -28,8 +28,10 @@ __all__ = [
 ]
 
 TASKS: dict[str, str] = {
+    "addition": "latentcot.tasks.addition:AdditionTask",
     "group": "latentcot.tasks.group:GroupTask",
     "chain": "latentcot.tasks.chain:ChainTask",
+    "copy": "latentcot.tasks.copying:CopyTask",
     "countdown": "latentcot.tasks.countdown:CountdownTask",
     "mano": "latentcot.tasks.mano:ManoTask",
     "mqar": "latentcot.tasks.mqar:MQARTask",

@@ -10,6 +10,11 @@ from latentcot.reasoner import SPECIAL, TaskBatch
 from latentcot.tasks import SPLITS, Task, TaskConfig, make_task
 
 VARIANTS = {
+    "addition": ("addition", {}),
+    "addition-3-reverse-carries": (
+        "addition",
+        {"base": 3, "min_difficulty": 3, "max_difficulty": 9, "reverse": True, "carries": True},
+    ),
     "group-S3": ("group", {}),
     "group-S3-filled": ("group", {"width": 7}),
     "group-S5-tag": ("group", {"group": "S5", "form": "tag", "max_difficulty": 12}),
@@ -21,6 +26,8 @@ VARIANTS = {
     "group-parity": ("group", {"group": "Z2", "min_difficulty": 10, "max_difficulty": 20}),
     "chain-23": ("chain", {}),
     "chain-7": ("chain", {"modulus": 7, "distractors": 0}),
+    "copy": ("copy", {}),
+    "copy-bits": ("copy", {"alphabet": 2, "min_difficulty": 4, "max_difficulty": 20}),
     "mano": ("mano", {}),
     "mano-division": ("mano", {"modulus": 12, "division": True, "max_difficulty": 6}),
     "p_hop": ("p_hop", {}),
@@ -89,7 +96,8 @@ def test_pinned_difficulty_has_that_difficulty_and_is_the_same_in_wider_ranges(t
     assert (batch.difficulty == d).all()
     assert_rows_are(batch, [task.difficulty_example("test", d, i) for i in range(20)])
     narrow = type(task)(replace(task.config, min_difficulty=d, max_difficulty=d))
-    assert narrow.limits.steps < task.limits.steps
+    shorter = "steps" if task.limits.steps else "answer_tokens"  # of a task without steps
+    assert getattr(narrow.limits, shorter) < getattr(task.limits, shorter)
     for one, other in zip(flattened(batch), flattened(narrow.difficulty_batch("test", d, range(20))), strict=True):
         assert torch.equal(one, other)
 
@@ -151,14 +159,28 @@ def test_score_is_verify_row_by_row(task):
     assert task.score(batch, batch.answer_ids).all()
 
 
+def random_sums(task: Task, digits: list[int], generator: torch.Generator) -> torch.Tensor:
+    """Sums of two numbers with so many digits, each of the possible ones as often as any other."""
+    base, rows = task.config.base, []  # pyright: ignore[reportAttributeAccessIssue]
+    for d in digits:
+        least, most = (2 * base ** (d - 1) if d > 1 else 0), 2 * (base**d - 1)
+        value = least + int(torch.randint(most - least + 1, (1,), generator=generator))
+        found = [SPECIAL.count + value // base**i % base for i in range(max(digits) + 1) if i == 0 or value >= base**i]
+        found = found if task.config.reverse else found[::-1]  # pyright: ignore[reportAttributeAccessIssue]
+        rows.append(found + [SPECIAL.pad] * (max(digits) + 1 - len(found)))
+    return torch.tensor(rows)
+
+
 def test_random_answers_are_right_by_chance(task):
     batch = task.batch("test", range(2000))
     generator = torch.Generator().manual_seed(0)
     if task.name.startswith("prosqa"):
         place = batch.prompts.mask.sum(1, keepdim=True) - 1 - torch.randint(0, 2, (2000, 1), generator=generator)
         guess = batch.prompts.ids.gather(1, place)
+    elif task.name == "addition":
+        guess = random_sums(task, batch.difficulty.tolist(), generator)
     else:
-        sizes = {"chain": "modulus", "mano": "modulus", "p_hop": "alphabet"}
+        sizes = {"chain": "modulus", "copy": "alphabet", "mano": "modulus", "p_hop": "alphabet"}
         answers = getattr(task.config, sizes[task.name]) if task.name in sizes else len(task.group)  # pyright: ignore
         guess = SPECIAL.count + torch.randint(0, answers, batch.answer_ids.shape, generator=generator)
         guess = guess.masked_fill(~batch.answer_mask, SPECIAL.pad)
@@ -175,7 +197,7 @@ def test_limits_hold_whatever_is_drawn(task):
     assert batch.steps.shape[2] <= limits.step_tokens
     assert batch.answer_ids.shape[1] <= limits.answer_tokens
     assert limits.vocab_size == len(task.vocabulary)
-    for tensor in (batch.prompts.ids, batch.steps, batch.answer_ids):
+    for tensor in (batch.prompts.ids, batch.answer_ids, *([batch.steps] if limits.steps else [])):
         assert int(tensor.max()) < limits.vocab_size
         assert int(tensor[tensor != SPECIAL.pad].min()) >= SPECIAL.bos
     assert (batch.prompts.ids[:, 0] == SPECIAL.bos).all()

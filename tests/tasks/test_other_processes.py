@@ -13,6 +13,10 @@ from latentcot.tasks import SPLITS, Task, make_task
 
 # First digits of SHA-256 over 32 examples of each split: data must not change unnoticed, nor from machine to machine.
 FINGERPRINTS: dict[str, str] = {
+    "addition": "300e99aa8f",
+    "addition-3-reverse-carries": "3287f78e35",
+    "copy": "a2af3c0b23",
+    "copy-bits": "51b6f42f9e",
     "group-S3": "4ba32db3ce",
     "group-S3-filled": "0b5fc187d2",
     "group-S5-tag": "170b8c8406",

@@ -10,7 +10,7 @@ from latentcot.tasks import TASKS, Vocabulary, make_task, task_names, task_type
 
 
 def test_every_listed_task_is_made_under_its_name():
-    expected = "chain countdown group mano mqar needle p_hop prosqa prosqa_balanced prosqa_paper sudoku"
+    expected = "addition chain copy countdown group mano mqar needle p_hop prosqa prosqa_balanced prosqa_paper sudoku"
     assert task_names() == tuple(expected.split())
     for name in task_names():
         assert make_task(name).name == name
@@ -22,9 +22,10 @@ def test_every_listed_task_is_made_under_its_name():
     [
         (
             lambda: make_task("groups"),
-            "name: unknown task 'groups'; did you mean 'group'.* valid: chain, countdown, group, mano, mqar, needle, p_hop, prosqa",
+            "name: unknown task 'groups'; did you mean 'group'.* "
+            "valid: addition, chain, copy, countdown, group, mano, mqar, needle, p_hop, prosqa",
         ),
-        (lambda: make_task("xyzzy"), "name: unknown task 'xyzzy'; valid: chain, countdown, group"),
+        (lambda: make_task("xyzzy"), "name: unknown task 'xyzzy'; valid: addition, chain, copy, countdown, group"),
         (
             lambda: make_task("group", max_dificulty=3),
             "config: unknown option of task 'group': 'max_dificulty'; did you mean",
