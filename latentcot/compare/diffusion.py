@@ -18,7 +18,7 @@ from latentcot.compare.diffusion_problems import Problem, SudokuProblem, TextPro
 from latentcot.compare.diffusion_run import SCHEMA, run_arm
 from latentcot.compare.diffusion_sudoku import PRESETS
 from latentcot.compare.jobs import NOT_THE_RESULT, finish_job, plain, run_jobs, without
-from latentcot.compare.run import check_places
+from latentcot.compare.run import check_places, machine
 from latentcot.compare.worker import Report
 from latentcot.training import TrainConfig
 from latentcot.training.loop import Watcher
@@ -61,11 +61,14 @@ class DiffusionStudy:
     parts: tuple[Part, ...]
 
 
+SECONDS = 40.0
+"""Of training, each arm of a part that compares arms."""
+
 _SHORT = TrainConfig(steps=1, learning_rate=3e-3, final_rate=0.0, warmup_steps=50, checkpoint_every=50)
 
 
 def default_diffusion() -> DiffusionStudy:
-    """Four parts, nineteen runs: about half an hour of one CPU core."""
+    """Seven parts, thirty-one runs: about three quarters of an hour of one CPU core."""
     sanity, classes = PRESETS["sanity4"], PRESETS["classes4"]
     return DiffusionStudy(
         (
@@ -88,46 +91,52 @@ def default_diffusion() -> DiffusionStudy:
                 classes.problem,
                 replace(_SHORT, learning_rate=2e-3),
                 64,
-                seconds=40.0,
+                seconds=SECONDS,
                 sizes=classes.sizes,
                 claim="Training has 8 of the 12 classes of grids up to relabelling, the test the other 4. Under all symmetries there are "
                 "two classes only, so this too is no claim about reasoning.",
             ),
-            Part(
-                "countdown",
-                "Countdown, 3 numbers",
-                "text",
-                {
-                    "name": "countdown",
-                    "options": {"min_difficulty": 3, "max_difficulty": 3, "largest": 9, "bound": 50},
-                    "examples": 20_000,
-                    "test": 250,
-                    "block": 6,
-                },
-                _SHORT,
-                64,
-                seconds=40.0,
-                sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
-                claim="Numbers and targets of the test were not seen together in training; any expression that reaches the target counts.",
-            ),
-            Part(
-                "chain",
-                "Chains of equations, 1 to 4 operations",
-                "text",
-                {
-                    "name": "chain",
-                    "options": {"max_difficulty": 4, "modulus": 7, "distractors": 0, "variables": 8},
-                    "examples": 20_000,
-                    "test": 250,
-                    "block": 4,
-                },
-                _SHORT,
-                64,
-                seconds=40.0,
-                sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
-                claim="The steps are written, then the answer, modulo 7; lines of the prompt are in random order.",
-            ),
+            *_text_parts(),
         )
+    )
+
+
+def _text_parts() -> tuple[Part, ...]:
+    def part(name: str, title: str, block: int, claim: str, arms: tuple[str, ...] = ARMS, **options: Any) -> Part:
+        return Part(
+            name,
+            title,
+            "text",
+            {"name": name, "options": options, "examples": 20_000, "test": 250, "block": block},
+            _SHORT,
+            64,
+            arms=arms,
+            seconds=SECONDS,
+            sizes=Sizes(layers=2, width=64, heads=4, mlp_width=192),
+            claim=claim,
+        )
+
+    return (
+        part(
+            "countdown",
+            "Countdown, 3 numbers",
+            6,
+            "Numbers and targets of the test were not seen together in training; any expression that reaches the target counts.",
+            min_difficulty=3,
+            max_difficulty=3,
+            largest=9,
+            bound=50,
+        ),
+        part(
+            "chain",
+            "Chains of equations, 1 to 4 operations",
+            4,
+            "The steps are written, then the answer, modulo 7; lines of the prompt are in random order.",
+            max_difficulty=4,
+            modulus=7,
+            distractors=0,
+            variables=8,
+        ),
     )
 
 
@@ -213,7 +222,8 @@ def _work(job: DiffusionJob, watch: Watcher) -> dict[str, Any]:
         device="cuda" if torch.cuda.is_available() else "cpu",
         watch=watch,
     )
-    return {**found, "part": job.part.name, "name": job.name}
+    made_on = without(machine(0, 0), ("cores", "jobs"))
+    return {**found, "part": job.part.name, "name": job.name, "machine": made_on}
 
 
 def check_study(study: DiffusionStudy, seeds: int) -> None:

@@ -31,6 +31,8 @@ class Cell:
     nfe: float
     items: int
     seeds: int
+    by_seed: tuple[float, ...] = ()
+    """Mean over the test sets of each seed."""
 
     @property
     def mean(self) -> float:
@@ -61,6 +63,7 @@ def cells(results: dict[str, Any], part: str) -> list[Cell]:
                     mean(r["nfe"] for test in tests for r in rows[test]),
                     int(rows[tests[0]][0]["items"]),
                     len(group),
+                    tuple(mean(solved[test][sampler]["exact"] for test in tests) for solved in group),
                 )
             )
     return found
@@ -72,20 +75,62 @@ def best(found: list[Cell], way: str) -> Cell | None:
     return max(group, key=lambda c: (c.mean, -c.nfe)) if group else None
 
 
+def not_apart(one: Cell, other: Cell) -> str | None:
+    """Why the figures do not tell two cells apart, or ``None`` where they do: the means are more than two standard errors of the test
+    items apart, and all seeds of one are above all seeds of the other."""
+    error = math.hypot(one.error, other.error)
+    if abs(one.mean - other.mean) <= 2 * error:
+        return f"no difference beyond twice its standard error of {error:.3f}"
+    above, below = (one, other) if one.mean > other.mean else (other, one)
+    if above.by_seed and below.by_seed and min(above.by_seed) <= max(below.by_seed):
+        return f"not told apart by {max(above.seeds, below.seeds)} seeds, which overlap"
+    return None
+
+
+def share(cell: Cell) -> str:
+    """The mean of a cell, with those of its seeds where there are several."""
+    seeds = f" (seeds {', '.join(f'{value:.3f}' for value in cell.by_seed)})" if len(cell.by_seed) > 1 else ""
+    return f"{cell.mean:.3f}{seeds}"
+
+
 def order_line(found: list[Cell], title: str) -> str | None:
     """Any order against left to right at equal parameters, by the figures; ``None`` where only one of them ran."""
     masked, causal = best(found, "masked"), best(found, "autoregressive")
     if masked is None or causal is None:
         return None
-    gap, error = masked.mean - causal.mean, math.hypot(masked.error, causal.error)
-    figures = (
-        f"masked diffusion {masked.mean:.3f} (`{masked.arm}`, {masked.sampler}, {masked.nfe:.1f} passes), autoregression "
-        f"{causal.mean:.3f} (`{causal.arm}`, {causal.nfe:.1f} passes)"
+    gap = masked.mean - causal.mean
+    verdict = not_apart(masked, causal) or (
+        f"{'any order' if gap > 0 else 'left to right'} wins by {100 * abs(gap):.1f} points"
     )
-    if abs(gap) <= 2 * error:
-        return f"{title}: no difference beyond twice its standard error of {error:.3f}: {figures}."
-    winner = "Any order wins" if gap > 0 else "Left to right wins"
-    return f"{title}: {winner[0].lower()}{winner[1:]} by {100 * abs(gap):.1f} points: {figures}."
+    return (
+        f"{title}: {verdict}: masked diffusion {share(masked)}, `{masked.arm}`, {masked.sampler}, {masked.nfe:.1f} passes; "
+        f"autoregression {share(causal)}, `{causal.arm}`, {causal.nfe:.1f} passes."
+    )
+
+
+def stack_line(runs: list[dict[str, Any]], found: list[Cell], title: str) -> str | None:
+    """Block diffusion on the hybrid stack against softmax attention alone, both by confidence, with the steps that each made in its time
+    and autoregression as the control; ``None`` where one of both did not run."""
+    pair = {cell.arm: cell for cell in found if cell.sampler == "confidence"}
+    hybrid, softmax = pair.get("block-hybrid"), pair.get("block-softmax")
+    if hybrid is None or softmax is None:
+        return None
+    gap = hybrid.mean - softmax.mean
+    verdict = (
+        not_apart(hybrid, softmax)
+        or f"the {'hybrid' if gap > 0 else 'softmax'} stack wins by {100 * abs(gap):.1f} points"
+    )
+    steps = {
+        cell.arm: mean(run["training"]["steps"] for run in runs if run["arm"] == cell.arm) for cell in (hybrid, softmax)
+    }
+    figures = ", ".join(
+        f"{cell.arm.split('-')[1]} {share(cell)} after {steps[cell.arm]:.0f} steps" for cell in (hybrid, softmax)
+    )
+    causal = {cell.arm.split("-")[1]: cell for cell in found if cell.arm.startswith("autoregressive-")}
+    control = ", ".join(f"{stack} {share(causal[stack])}" for stack in ("hybrid", "softmax") if stack in causal)
+    return f"{title}, block diffusion by confidence: {verdict}: {figures}" + (
+        f"; autoregression: {control}." if control else "."
+    )
 
 
 def without_training(part: dict[str, Any]) -> str:
@@ -112,8 +157,9 @@ def claim_lines(results: dict[str, Any]) -> list[str]:
     lines = []
     for part in results["parts"]:
         found = cells(results, part["name"])
-        if (line := order_line(found, part["title"])) is not None:
-            lines.append(f"{line[:-1]}; {without_training(part)}.")
+        runs = [run for run in results["runs"] if run["part"] == part["name"]]
+        compared = (order_line(found, part["title"]), stack_line(runs, found, part["title"]))
+        lines += [f"{line[:-1]}; {without_training(part)}." for line in compared if line is not None]
         lines += sampler_lines(found, part["title"])
     return lines
 
@@ -219,7 +265,6 @@ def _grids9_cells(found: list[dict[str, Any]]) -> list[Cell]:
 
 def diffusion_page(results: dict[str, Any], grids9: list[dict[str, Any]], pictures: str = FOLDER) -> str:
     """The Markdown page; ``pictures`` is the folder of the plots as seen from it."""
-    machine = results["machine"]
     work = sum(run["training"]["work_seconds"] for run in results["runs"])
     lines = [
         "# Any order or left to right",
@@ -235,7 +280,7 @@ def diffusion_page(results: dict[str, Any], grids9: list[dict[str, Any]], pictur
         "* Grids are trained as grids: clues are given and never noised, blanks are filled; each training puzzle comes under a random "
         "symmetry. Autoregression and block diffusion read the puzzle first and write a second grid, whose clues they are given too.",
         f"* {results['seeds']} seed{'s' if results['seeds'] > 1 else ': differences of a few points say nothing'}; {work / 60:.0f} "
-        f"processor minutes of training in all ({machine['system']}, torch {machine['torch']}), finished {results['finished'][:10]}. "
+        f"processor minutes of training in all ({machines(results)}), finished {results['finished'][:10]}. "
         "Equal time depends on the machine; the tables have steps and FLOPs beside it.",
         "",
         "## What the figures say",
@@ -248,6 +293,19 @@ def diffusion_page(results: dict[str, Any], grids9: list[dict[str, Any]], pictur
     lines += grids9_lines(grids9, pictures)
     lines += ["## Repeat it", "", "```console", f"$ latentcot compare diffusion{_options(results)}", "```", ""]
     return "\n".join(lines)
+
+
+def machines(results: dict[str, Any]) -> str:
+    """What the runs were made on, and which parts where, if that differs."""
+    made: dict[str, list[str]] = {}
+    for run in results["runs"]:
+        machine = run.get("machine", results["machine"])
+        parts = made.setdefault(f"{machine['system']}, torch {machine['torch']}", [])
+        if run["part"] not in parts:
+            parts.append(run["part"])
+    if len(made) < 2:
+        return next(iter(made), "no runs")
+    return "; ".join(f"{', '.join(parts)}: {machine}" for machine, parts in made.items())
 
 
 def _options(results: dict[str, Any]) -> str:
