@@ -22,7 +22,9 @@ from latentcot.compare.diffusion_report import (
     diffusion_page,
     diffusion_table,
     grids9_lines,
+    machines,
     order_line,
+    stack_line,
     write_diffusion_report,
 )
 from latentcot.training import TrainConfig
@@ -78,10 +80,11 @@ def test_a_tiny_study_runs_goes_on_and_writes_its_page(tmp_path):
         run_diffusion_study(DiffusionStudy((replace(TINY.parts[0], rows=5),)), tmp_path / "out", jobs=1)
 
 
-def run_of(arm, exact, nfe=4.0):
+def run_of(arm, exact, nfe=4.0, seed=0, steps=100):
     samplers = ("left to right",) if arm.startswith("auto") else tuple(SAMPLERS)
     row = {"exact": exact, "nfe": nfe, "items": 100}
-    return {"part": "p", "arm": arm, "seed": 0, "solved": {"a": dict.fromkeys(samplers, row)}}
+    solved = {"a": dict.fromkeys(samplers, row)}
+    return {"part": "p", "arm": arm, "seed": seed, "solved": solved, "training": {"steps": steps}}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,50 @@ def test_whoever_wins_is_named(causal, masked, verdict):
     assert verdict in line
     assert line.endswith("; without training 0.300."), "the best of each test set, averaged"
     assert order_line(cells({"runs": runs[:1]}, "p"), "P") is None
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "softmax", "verdict"),
+    [
+        ((0.8, 0.9), (0.3, 0.4), "the hybrid stack wins by 50.0 points"),
+        ((0.1, 0.2), (0.3, 0.4), "the softmax stack wins by 20.0 points"),
+        ((0.2, 0.9), (0.3, 0.4), "not told apart by 2 seeds, which overlap"),
+        ((0.35, 0.41), (0.3, 0.4), "no difference beyond twice its standard error of 0.048"),
+    ],
+    ids=["hybrid", "softmax", "overlap", "noise"],
+)
+def test_the_stacks_of_block_diffusion_are_told_apart_by_all_seeds(hybrid, softmax, verdict):
+    runs = [
+        run_of(arm, exact, seed=seed, steps=steps)
+        for arm, pair, steps in (("block-softmax", softmax, 300), ("block-hybrid", hybrid, 200))
+        for seed, exact in enumerate(pair)
+    ]
+    causal = [run_of("autoregressive-softmax", exact, seed=seed) for seed, exact in enumerate((0.6, 0.7))]
+    results: dict = {"runs": [*runs, *causal], "seeds": 2}
+    results["parts"] = [{"name": "p", "title": "P", "baselines": {"a": {"x": 0.25}}}]
+    (line,) = claim_lines(results)
+    assert line.startswith(f"P, block diffusion by confidence: {verdict}: hybrid ")
+    assert f"softmax {sum(softmax) / 2:.3f} (seeds {softmax[0]:.3f}, {softmax[1]:.3f}) after 300 steps" in line
+    assert "after 200 steps" in line
+    assert line.endswith("; autoregression: softmax 0.650 (seeds 0.600, 0.700); without training 0.250.")
+    assert stack_line(runs[:2], cells({"runs": runs[:2]}, "p"), "P") is None
+
+
+def test_orders_are_not_told_apart_where_seeds_overlap():
+    pairs = (("autoregressive-softmax", (0.1, 0.6)), ("masked-softmax", (0.5, 0.9)))
+    runs = [run_of(arm, exact, seed=seed) for arm, pair in pairs for seed, exact in enumerate(pair)]
+    line = order_line(cells({"runs": runs}, "p"), "P")
+    assert line is not None
+    assert "not told apart by 2 seeds, which overlap" in line
+    assert "masked diffusion 0.700 (seeds 0.500, 0.900)" in line
+
+
+def test_the_page_says_which_part_ran_where():
+    one, other = {"system": "Linux", "torch": "2"}, {"system": "Linux", "torch": "3"}
+    runs = [{"part": "p"}, {"part": "p", "machine": one}]
+    assert machines({"machine": one, "runs": runs}) == "Linux, torch 2"
+    runs.append({"part": "q", "machine": other})
+    assert machines({"machine": one, "runs": runs}) == "p: Linux, torch 2; q: Linux, torch 3"
 
 
 def test_the_best_sampler_is_the_most_right_and_then_the_cheapest():
