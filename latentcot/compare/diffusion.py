@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from latentcot.compare.diffusion_arms import ARMS, Sizes, make_arm, split_arm
-from latentcot.compare.diffusion_problems import Problem, SudokuProblem, TextProblem
+from latentcot.compare.diffusion_problems import Problem, RecallProblem, SudokuProblem, TextProblem
 from latentcot.compare.diffusion_run import SCHEMA, run_arm
 from latentcot.compare.diffusion_sudoku import PRESETS
 from latentcot.compare.jobs import NOT_THE_RESULT, finish_job, plain, run_jobs, without
@@ -32,7 +32,7 @@ class Part:
 
     Args:
         name, title: in files and on the page.
-        kind: ``sudoku`` or ``text``; ``problem``: arguments of :class:`SudokuProblem` or :class:`TextProblem`.
+        kind, problem: arguments of :class:`SudokuProblem`, :class:`TextProblem` or :class:`RecallProblem`.
         arms: which run.
         seconds: of training, each arm; ``None`` = ``train.steps`` count.
         claim: what the part may be quoted for.
@@ -40,7 +40,7 @@ class Part:
 
     name: str
     title: str
-    kind: Literal["sudoku", "text"]
+    kind: Literal["sudoku", "text", "recall"]
     problem: Mapping[str, Any]
     train: TrainConfig
     rows: int
@@ -53,6 +53,8 @@ class Part:
         """The problem; puzzles are kept in ``folder``."""
         if self.kind == "text":
             return TextProblem(**self.problem)
+        if self.kind == "recall":
+            return RecallProblem(**self.problem)
         return SudokuProblem(**self.problem, file=folder / f"{self.name}.safetensors", console=console)
 
 
@@ -68,7 +70,7 @@ _SHORT = TrainConfig(steps=1, learning_rate=3e-3, final_rate=0.0, warmup_steps=5
 
 
 def default_diffusion() -> DiffusionStudy:
-    """Seven parts, thirty-one runs: about three quarters of an hour of one CPU core."""
+    """Eight parts, thirty-five runs: about three quarters of an hour of one CPU core."""
     sanity, classes = PRESETS["sanity4"], PRESETS["classes4"]
     return DiffusionStudy(
         (
@@ -102,12 +104,15 @@ def default_diffusion() -> DiffusionStudy:
 
 
 def _text_parts() -> tuple[Part, ...]:
-    def part(name: str, title: str, block: int, claim: str, arms: tuple[str, ...] = ARMS, **options: Any) -> Part:
+    def part(
+        task: str, title: str, block: int, claim: str, *, name: str = "", arms: tuple[str, ...] = ARMS, **options: Any
+    ) -> Part:
+        problem = {"options": options, "examples": 20_000, "test": 250, "block": block}
         return Part(
-            name,
+            name or task,
             title,
-            "text",
-            {"name": name, "options": options, "examples": 20_000, "test": 250, "block": block},
+            "recall" if task == "mqar" else "text",
+            problem if task == "mqar" else {"name": task, **problem},
             _SHORT,
             64,
             arms=arms,
@@ -116,6 +121,8 @@ def _text_parts() -> tuple[Part, ...]:
             claim=claim,
         )
 
+    blocks = tuple(arm for arm in ARMS if not arm.startswith("masked"))
+    orders = tuple(arm for arm in ARMS if not arm.startswith("block"))
     return (
         part(
             "countdown",
@@ -136,6 +143,48 @@ def _text_parts() -> tuple[Part, ...]:
             modulus=7,
             distractors=0,
             variables=8,
+        ),
+        part(
+            "addition",
+            "Addition, 3 digits",
+            4,
+            "The sum is written as people write it, so that its length, and with it the place of every digit, hangs on the last carry.",
+            arms=orders,
+            min_difficulty=3,
+            max_difficulty=3,
+        ),
+        part(
+            "addition",
+            "Addition, 5 digits, least digit first",
+            4,
+            "The sum is written from its least digit on: every digit has its place, and carries come in the order of writing.",
+            name="addition-reverse",
+            arms=orders,
+            min_difficulty=5,
+            max_difficulty=5,
+            reverse=True,
+        ),
+        part(
+            "mqar",
+            "Associative recall (MQAR), 2 pairs",
+            4,
+            "A row is filled in as it is published, a value behind each query. Two pairs are what can be learnt in this time; what a state "
+            "of fixed size can hold is asked by `latentcot compare mqar-capacity`.",
+            arms=blocks,
+            min_difficulty=2,
+            max_difficulty=2,
+            length=8,
+            vocabulary=16,
+        ),
+        part(
+            "copy",
+            "Copying, 31 and 32 symbols",
+            4,
+            "Sequences of 16 different symbols, none of the test seen in training; a copy counts when all of it is right.",
+            arms=blocks,
+            min_difficulty=31,
+            max_difficulty=32,
+            alphabet=16,
         ),
     )
 

@@ -5,9 +5,11 @@ Every way of generating sees the same problem, laid out so that it can do it::
     whole    clues and blanks of the grid in their places                  masked diffusion of grids
     behind   the grid with its blanks, then the grid to be completed       autoregression and block diffusion of grids
     text     prompt <bot> steps <ans> answer <eos> <eos> ...               all of them; left-padded, the text has one length
+    recall   k v k v ... k [v] k [v] ...                                   all of them; a value to fill in behind each key that is asked
 
 In a grid only blanks are to be filled: clues stay, are never noised and cost no loss. ``behind`` repeats the clues in the second grid,
-and they are written there as they are: whoever generates from left to right is given them too.
+and they are written there as they are: whoever generates from left to right is given them too. ``recall`` is multi-query associative
+recall as it is published, with the value where the next token after a query would stand.
 """
 
 from collections.abc import Mapping
@@ -36,9 +38,10 @@ from latentcot.sequences import (
 from latentcot.tasks import make_task
 from latentcot.tasks.base import Split, Task
 from latentcot.tasks.baselines import measure_baselines
+from latentcot.tasks.mqar import IGNORED, DenseBatch, MQARConfig, MQARTask
 from latentcot.tasks.sudoku import GridBatch, SudokuConfig, SudokuTask, grid_metrics
 
-Layout = Literal["whole", "behind", "text"]
+Layout = Literal["whole", "behind", "text", "recall"]
 
 
 @dataclass(frozen=True)
@@ -212,12 +215,7 @@ class TextProblem:
         return {"exact": self.task.score(batch, ids).double().mean().item()}
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        found = {}
-        for name in self.sets:
-            level = int(name.split()[-1])
-            known = measure_baselines(self.task, "test", self.counts["test"], level)
-            found[name] = {"chance": known["chance"], known.heuristic_name: known["heuristic"]}
-        return found
+        return _baselines(self.task, self.tests, self.counts["test"])
 
     def describe(self) -> dict[str, Any]:
         return {"task": repr(self.task), **self.counts, "block": self.block}
@@ -234,3 +232,70 @@ class TextProblem:
             torch.cat([torch.zeros_like(before.mask), new], 1),
             torch.cat([before.mask, new], 1),
         )
+
+
+class RecallProblem:
+    """Multi-query associative recall (:mod:`latentcot.tasks.mqar`) in its published form: pairs, then queries, and what stands behind a
+    query is filled in.
+
+    Args:
+        options: of the task.
+        examples: distinct training examples.
+        test: test examples of each difficulty.
+        block: tokens of a block of block diffusion.
+    """
+
+    def __init__(self, options: Mapping[str, Any], examples: int, test: int, block: int):
+        self.task = MQARTask(MQARConfig(**options))
+        self.vocab_size, self.length, self.block = self.task.limits.vocab_size, self.task.config.length, block
+        self.counts = {"examples": examples, "test": test}
+        self.sets = {
+            f"difficulty {d}": recall_canvas(self.task.dense("test", range(test), d)) for d in self.task.levels("test")
+        }
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        return tuple(self.sets)
+
+    def layout(self, whole: bool) -> Layout:
+        return "recall"
+
+    def training(self, step: int, rows: int, seed: int, whole: bool) -> Canvas:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = torch.randint(self.counts["examples"], (rows,), generator=generator)
+        return recall_canvas(self.task.dense("train", chosen))
+
+    def test(self, name: str, whole: bool) -> Canvas:
+        return self.sets[name]
+
+    def score(self, name: str, filled: Tensor, whole: bool) -> dict[str, float]:
+        """``exact``: every query of a row right; ``queries``: share of all queries."""
+        canvas = self.sets[name]
+        right = (filled.cpu() == canvas.ids) | ~canvas.maskable
+        return {
+            "exact": right.all(1).double().mean().item(),
+            "queries": right[canvas.maskable].double().mean().item(),
+        }
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        return _baselines(self.task, self.tests, self.counts["test"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": repr(self.task), **self.counts, "block": self.block}
+
+
+def recall_canvas(batch: DenseBatch) -> Canvas:
+    """A :class:`Canvas` of recall, in tokens of the task: the value stands behind its query, in place of the filler there."""
+    ids, asked = batch.ids + SPECIAL.count, batch.labels != IGNORED
+    values = F.pad(batch.labels, (1, -1), value=IGNORED)  # a query is never the last token of a row: slots have two
+    maskable = F.pad(asked, (1, -1), value=False)
+    return Canvas(torch.where(maskable, values + SPECIAL.count, ids), maskable)
+
+
+def _baselines(task: Task, tests: tuple[str, ...], count: int) -> dict[str, dict[str, float]]:
+    """Chance and the best shortcut of each of the ``tests``, whose names end in their difficulty."""
+    found = {}
+    for name in tests:
+        known = measure_baselines(task, "test", count, int(name.split()[-1]))
+        found[name] = {"chance": known["chance"], known.heuristic_name: known["heuristic"]}
+    return found
