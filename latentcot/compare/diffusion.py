@@ -178,12 +178,12 @@ def _text_parts() -> tuple[Part, ...]:
         ),
         part(
             "copy",
-            "Copying, 31 and 32 symbols",
+            "Copying, 35 and 36 symbols",
             4,
             "Sequences of 16 different symbols, none of the test seen in training; a copy counts when all of it is right.",
             arms=blocks,
-            min_difficulty=31,
-            max_difficulty=32,
+            min_difficulty=35,
+            max_difficulty=36,
             alphabet=16,
         ),
     )
