@@ -160,13 +160,19 @@ def test_the_best_sampler_is_the_most_right_and_then_the_cheapest():
     assert best(made, "block") is None
 
 
-def test_the_default_study_has_every_arm_on_every_task():
+def test_the_default_study_has_every_arm_where_it_belongs():
     study = default_diffusion()
-    assert [part.name for part in study.parts] == ["sanity4", "classes4", "countdown", "chain"]
-    assert all(part.arms == ARMS for part in study.parts[1:])
+    arms = {part.name: part.arms for part in study.parts}
+    assert list(arms) == ["sanity4", "classes4", "countdown", "chain", "addition", "addition-reverse", "mqar", "copy"]
+    assert all(arms[name] == ARMS for name in ("classes4", "countdown", "chain"))
+    orders = ("autoregressive-softmax", "autoregressive-hybrid", "masked-softmax", "masked-hybrid")
+    stacks = ("autoregressive-softmax", "autoregressive-hybrid", "block-softmax", "block-hybrid")
+    assert arms["addition"] == arms["addition-reverse"] == orders
+    assert arms["mqar"] == arms["copy"] == stacks
+    assert sum(map(len, arms.values())) == 35, "the number that docstrings and pages name"
     assert len({part.seconds for part in study.parts[1:]}) == 1
     assert len(quick_diffusion().parts) == 2
-    assert [p.arms for p in select(study, None, ["masked-softmax"]).parts] == [("masked-softmax",)] * 4
+    assert [p.arms for p in select(study, None, ["masked-softmax"]).parts] == [("masked-softmax",)] * 6
     assert [p.name for p in select(study, ["chain", "sanity4"], ["block-hybrid"]).parts] == ["chain"]
     with pytest.raises(ValueError, match="arm: 'masked' given"):
         select(study, None, ["masked"])
