@@ -62,7 +62,7 @@ def compare_command(
             help="Name of the comparison: `quickstart` takes minutes on two CPU cores, `hybrid-ratio` (mixers x ratios) half an hour, "
             "`mqar` (recall at the published size) minutes, `mqar-capacity` (recall against state bytes) minutes on a GPU, "
             "`depth` (a loop against its controls) an hour, `depth-sudoku9` (the same on 9x9 Sudoku) minutes of a GPU, "
-            "`diffusion` (any order against left to right) half an hour."
+            "`diffusion` (any order against left to right) three quarters of an hour."
         ),
     ] = "quickstart",
     out: Annotated[
