@@ -76,14 +76,16 @@ def best(found: list[Cell], way: str) -> Cell | None:
 
 
 def not_apart(one: Cell, other: Cell) -> str | None:
-    """Why the figures do not tell two cells apart, or ``None`` where they do: the means are more than two standard errors of the test
-    items apart, and all seeds of one are above all seeds of the other."""
+    """Why the figures do not tell two cells apart, or ``None`` where they do: by more than two standard errors of the test items, the mean
+    of one is above that of the other, and so is every seed of the one above every seed of the other."""
     error = math.hypot(one.error, other.error)
     if abs(one.mean - other.mean) <= 2 * error:
         return f"no difference beyond twice its standard error of {error:.3f}"
     above, below = (one, other) if one.mean > other.mean else (other, one)
-    if above.by_seed and below.by_seed and min(above.by_seed) <= max(below.by_seed):
-        return f"not told apart by {max(above.seeds, below.seeds)} seeds, which overlap"
+    if above.by_seed and below.by_seed:
+        of_a_seed = math.hypot(one.error * math.sqrt(one.seeds), other.error * math.sqrt(other.seeds))
+        if min(above.by_seed) - max(below.by_seed) <= 2 * of_a_seed:
+            return "not told apart by their seeds"
     return None
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latentcot.compare import diffusion_run
 from latentcot.compare.diffusion_arms import ARMS, SAMPLERS, PerPass, Sizes, make_arm, sampler_names, split_arm
 from latentcot.compare.diffusion_problems import SudokuProblem, TextProblem
 from latentcot.compare.diffusion_run import CanvasData, Paused, measure, run_arm
@@ -181,6 +182,20 @@ def test_a_killed_run_keeps_count_of_the_work_before(sudoku, tmp_path):
     assert spent > 0
     _, found = run_arm(sudoku, "masked-softmax", SMALL, TRAIN, 4, tmp_path)
     assert found["training"]["work_seconds"] > spent
+
+
+def test_what_starts_a_timing_is_not_taken_for_steps(sudoku, monkeypatch):
+    """A start of 0.2 s and steps of 0.02 s: ten steps alone would be taken for twice as long as they are."""
+    now = [0.0]
+    monkeypatch.setattr(diffusion_run.Clock, "now", lambda self: now[0])
+    monkeypatch.setattr(
+        diffusion_run, "train", lambda arm, data, config: now.__setitem__(0, now[0] + 0.2 + 0.02 * config.steps)
+    )
+    arm = arm_of("masked-softmax", sudoku)
+    steps = diffusion_run.steps_within(arm, CanvasData(sudoku, 4, 0, True), TRAIN, 40.0, "cpu")
+    assert 0.97 * 0.8 * 2000 < steps <= 0.97 * 2000
+    assert now[0] < 0.1 * 40
+    assert diffusion_run.steps_within(arm, CanvasData(sudoku, 4, 0, True), TRAIN, 0.1, "cpu") >= 1
 
 
 def test_data_do_not_depend_on_the_number_of_processes(sudoku):

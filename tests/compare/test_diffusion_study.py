@@ -109,11 +109,12 @@ def test_whoever_wins_is_named(causal, masked, verdict):
     ("hybrid", "softmax", "verdict"),
     [
         ((0.8, 0.9), (0.3, 0.4), "the hybrid stack wins by 50.0 points"),
-        ((0.1, 0.2), (0.3, 0.4), "the softmax stack wins by 20.0 points"),
-        ((0.2, 0.9), (0.3, 0.4), "not told apart by 2 seeds, which overlap"),
+        ((0.05, 0.1), (0.3, 0.4), "the softmax stack wins by 27.5 points"),
+        ((0.05, 0.28), (0.3, 0.4), "not told apart by their seeds"),
+        ((0.2, 0.9), (0.3, 0.4), "not told apart by their seeds"),
         ((0.35, 0.41), (0.3, 0.4), "no difference beyond twice its standard error of 0.048"),
     ],
-    ids=["hybrid", "softmax", "overlap", "noise"],
+    ids=["hybrid", "softmax", "close", "overlap", "noise"],
 )
 def test_the_stacks_of_block_diffusion_are_told_apart_by_all_seeds(hybrid, softmax, verdict):
     runs = [
@@ -137,7 +138,7 @@ def test_orders_are_not_told_apart_where_seeds_overlap():
     runs = [run_of(arm, exact, seed=seed) for arm, pair in pairs for seed, exact in enumerate(pair)]
     line = order_line(cells({"runs": runs}, "p"), "P")
     assert line is not None
-    assert "not told apart by 2 seeds, which overlap" in line
+    assert "not told apart by their seeds" in line
     assert "masked diffusion 0.700 (seeds 0.500, 0.900)" in line
 
 
@@ -167,9 +168,10 @@ def test_the_default_study_has_every_arm_where_it_belongs():
     assert all(arms[name] == ARMS for name in ("classes4", "countdown", "chain"))
     orders = ("autoregressive-softmax", "autoregressive-hybrid", "masked-softmax", "masked-hybrid")
     stacks = ("autoregressive-softmax", "autoregressive-hybrid", "block-softmax", "block-hybrid")
-    assert arms["addition"] == arms["addition-reverse"] == orders
+    assert arms["addition"] == orders
+    assert arms["addition-reverse"] == orders[::2]
     assert arms["mqar"] == arms["copy"] == stacks
-    assert sum(map(len, arms.values())) == 35, "the number that docstrings and pages name"
+    assert sum(map(len, arms.values())) == 33, "the number that docstrings and pages name"
     assert len({part.seconds for part in study.parts[1:]}) == 1
     assert len(quick_diffusion().parts) == 2
     assert [p.arms for p in select(study, None, ["masked-softmax"]).parts] == [("masked-softmax",)] * 6
