@@ -6,7 +6,8 @@ A pass of r recurrences whose rows leave after :math:`\bar n` of them on average
 
 (FLOPs of prelude P, adapter and core C, coda Q, head H; k checks that decode). Every row of the page has this *formula*, the ratio of
 FLOPs that PyTorch counts, and ratios of time; the bar is 1.15 times the formula. One thread computes, so that its CPU time is the wall
-time of a machine that does nothing else; the wall time of the run itself stands beside it.
+time of a machine that does nothing else; the wall time of the run itself stands beside it. The formula, which is the bar's, decodes a row
+once more after its last check; what runs does not.
 
 * ``full``: the same model at full depth, as one decodes without exits (``full`` step cache, or no exit rule).
 * ``floor``: the same blocks on exactly the rows at work, recurrence by recurrence, on states that lie ready: no criterion, no choice of
@@ -33,7 +34,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentcot.backbone import HybridConfig, HybridForCausalLM, ModelState, SequenceContext
+from latentcot.backbone import HybridConfig, HybridForCausalLM, ModelState, SequenceContext, lay_out_for_decoding
 from latentcot.backbone.mixers.attention import AttendedState
 from latentcot.files import write_text
 from latentcot.recurrent_depth.bench_page import page
@@ -112,7 +113,7 @@ def make_loop(sizes: Sizes, mixer: str) -> DepthLoop:
     loop = DepthLoop(HybridForCausalLM(config), {"prelude": 1, "core": 2, "coda": 1}).eval()
     with torch.no_grad():
         loop.adapter.weight[:, : sizes.width] *= 0.3
-    return loop
+    return lay_out_for_decoding(loop)
 
 
 @cache
@@ -124,7 +125,7 @@ def make_ouro(sizes: Sizes, mixer: str) -> Ouro:
     with torch.no_grad():
         model.gate.weight.normal_(0, 1 / sizes.width**0.5)
         model.gate.bias.fill_(-2.5)
-    return model
+    return lay_out_for_decoding(model)
 
 
 def _config(sizes: Sizes, mixers: list[str], **more: Any) -> HybridConfig:

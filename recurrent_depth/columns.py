@@ -1,5 +1,5 @@
 """Keys and values that grow in place: :class:`StoredColumns`, the entry of a state, and :class:`Tail`, its next column while a pass
-writes it.
+writes it; :class:`LateTensors` where a column is to be what another entry has, and nobody has asked for it yet.
 
 States are values, but copying every key of every recurrence for each new token costs more than computing the token. So an entry may
 be a view of the first T columns of a buffer with room behind them. A later state takes the next column of the same buffer; the older
@@ -9,7 +9,7 @@ new state of an old one (select, merge, load) makes plain entries.
 For passes without gradient, one token a row.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,9 +37,9 @@ class Buffer:
         self.filled = columns
         self.keys, self.values = (_roomy(entry[name], capacity) for name in ("keys", "values"))
 
-    def takes(self, columns: int) -> bool:
-        """Whether column ``columns`` is free for the state that holds those before it."""
-        fits = self.filled == columns < self.keys.shape[2]
+    def takes(self, written: int, column: int) -> bool:
+        """Whether the columns up to ``column`` are free for the state that has written those before ``written``."""
+        fits = self.filled == written and column < self.keys.shape[2]
         return fits and self.keys.is_inference() == torch.is_inference_mode_enabled()
 
 
@@ -50,6 +50,42 @@ class StoredColumns(LayerState):
     buffer: Buffer
 
 
+class LateTensors(Mapping[str, Tensor]):
+    """``keys`` and ``values`` of an entry whose last columns are those of another one, put together when they are asked for. An entry so
+    deep that hardly a token comes there costs nothing until one does.
+
+    Args:
+        own: the entry as far as its own columns go.
+        donor: an entry with all columns, late or not; ``None`` = the others are zeros.
+        columns: how many there are.
+    """
+
+    def __init__(self, own: LayerState, donor: LayerState | None, columns: int):
+        if isinstance(own.tensors, LateTensors):
+            own = own.tensors.own
+        self.own, self.donor, self.columns = own, donor, columns
+        self.first = own["keys"].shape[2]  # of the late ones
+
+    def since(self, name: str, first: int) -> Tensor:
+        """Columns ``first`` (a late one) to the last, ``[B, G, n, K]``."""
+        if self.donor is None:
+            like = self.own[name]
+            return like.new_zeros(*like.shape[:2], self.columns - first, like.shape[3])
+        given = self.donor.tensors
+        if isinstance(given, LateTensors) and given.first <= first:
+            return given.since(name, first)
+        return given[name][:, :, first : self.columns]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat([self.own[name], self.since(name, self.first)], 2)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own.tensors)
+
+    def __len__(self) -> int:
+        return len(self.own.tensors)
+
+
 class Tail:
     """The column behind an entry.
 
@@ -58,9 +94,19 @@ class Tail:
     """
 
     def __init__(self, entry: LayerState):
-        self.at = entry["keys"].shape[2]
-        given = entry.buffer if isinstance(entry, StoredColumns) else None
-        self.buffer = given if given is not None and given.takes(self.at) else Buffer(entry)
+        late = entry.tensors if isinstance(entry.tensors, LateTensors) else None
+        held = entry if late is None else late.own
+        written = held["keys"].shape[2]
+        self.at = written if late is None else late.columns
+        given = held.buffer if isinstance(held, StoredColumns) else None
+        if given is None or not given.takes(written, self.at):
+            self.buffer = Buffer(entry)
+            return
+        self.buffer = given
+        if late is not None:
+            for name, store in (("keys", given.keys), ("values", given.values)):
+                store[:, :, written : self.at] = late.since(name, written)
+            given.filled = self.at
 
     def put(self, k: Tensor, v: Tensor, rows: Tensor | None = None) -> None:
         """The column of ``rows`` (``None`` = all), ``[n, G, 1, K]`` each; a second write replaces the first."""

@@ -151,11 +151,7 @@ class DepthRecurrence(DepthLoop):
             out[active, position] = token
             emitted[active] += 1
             passes[active] += steps + 1
-            # The last recurrence of a row that never settled is not looked at.
-            checks = rule.checks(steps.clamp(max=most_steps - 1)) if rule.decoded else 0
-            read = mask.sum(1).double()
-            checked = 1 if rule.positions == "last" else read
-            flops[active] += self.flops(read, recurrences=steps, head=1, checks=checks, checked=checked)  # type: ignore[arg-type]
+            flops[active] += self._price(output, mask.sum(1).double(), 0, rule, most_steps)
             going = token != SPECIAL.eos
             active, ids, mask = active[going], torch.cat([ids, token[:, None]], 1)[going], mask[going]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -196,11 +192,7 @@ class DepthRecurrence(DepthLoop):
             token, taken = output.logits[:, -1].argmax(-1), output.recurrences
             out[active, position], steps[active, position] = token, taken
             read = mask.sum(1).double()
-            # The last recurrence of a row that never settled is not looked at.
-            checks = rule.checks(taken.clamp(max=most_steps - 1)) if rule.decoded else 0
-            checked = 1 if rule.positions == "last" else read
-            price = self.flops(read, past, recurrences=taken, head=1, checks=checks, checked=checked)  # type: ignore[arg-type]
-            flops[active] += price + self.fill_flops(read, 0 if output.filled is None else output.filled)
+            flops[active] += self._price(output, read, past, rule, most_steps)
             going = token != SPECIAL.eos
             active, past, ids = active[going], (past + read)[going], token[going][:, None]
             mask = torch.ones_like(ids, dtype=torch.bool)
@@ -217,6 +209,17 @@ class DepthRecurrence(DepthLoop):
         passes = (steps + (steps > 0)).sum(1)
         info = {"text": out, "recurrences": steps[:, 0], "steps": steps}
         return AnswerOutput(until_stop(out), emitted, passes, flops, info)
+
+    def _price(self, output: LoopOutput, read: Tensor, past: Tensor | int, rule: ExitRule, most_steps: int) -> Tensor:
+        """FLOPs of each row of a pass over ``read`` tokens ``[B]`` after ``past`` ones."""
+        taken = output.recurrences
+        # The last recurrence of a row that never settled is not looked at.
+        checks = rule.checks(taken.clamp(max=most_steps - 1)) if rule.decoded else 0
+        checked = 1 if rule.positions == "last" else read
+        reused = 0 if output.reused is None else output.reused.double()
+        filled = 0 if output.filled is None else output.filled
+        price = self.flops(read, past, recurrences=taken, head=1, checks=checks, checked=checked, reused=reused)  # type: ignore[arg-type]
+        return price + self.fill_flops(read, filled)  # type: ignore[return-value]
 
     @torch.no_grad()
     def trace(self, prompts: PromptBatch, sites: Sites = _EVERYWHERE) -> Trace:

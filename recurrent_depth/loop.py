@@ -24,6 +24,7 @@ from latentcot.backbone import HybridForCausalLM, ModelState, SequenceContext
 from latentcot.backbone.block import Block
 from latentcot.reasoner import Reasoner
 from latentcot.recurrent_depth.columns import closed, grows_in_place, opened
+from latentcot.recurrent_depth.departures import Departures
 from latentcot.recurrent_depth.exit_rule import NO_EXIT, ExitRule
 from latentcot.recurrent_depth.gradient_window import FULL, GradientWindow
 from latentcot.recurrent_depth.initial_state import InitialState
@@ -75,7 +76,8 @@ class LoopOutput:
     """``hidden [B, S, D]``: the coda's output, before the last norm; ``logits [B, S or fewer, Vocab]``; ``final_state
     [B, S, D]``: each row's s_r; ``recurrences [B]``: its r; ``state``: for the next tokens, when it was kept;
     ``recorded``: see ``record``; ``filled [B]``: deeper recurrences whose linear states a row filled on leaving;
-    ``previous [B, S, D]``: s_{r-1} without gradient, where all rows took the same r."""
+    ``previous [B, S, D]``: s_{r-1} without gradient, where all rows took the same r; ``reused [B]``: rows whose coda an exit rule's
+    last check has run, so that it was not run again, ``None`` = no row."""
 
     hidden: Tensor
     logits: Tensor
@@ -85,6 +87,7 @@ class LoopOutput:
     recorded: list[list[Tensor]] | None = None
     filled: Tensor | None = None
     previous: Tensor | None = None
+    reused: Tensor | None = None
 
 
 class DepthLoop(Reasoner):
@@ -283,15 +286,15 @@ class DepthLoop(Reasoner):
             state = opened(state, outside if ragged else None)  # type: ignore[arg-type]
         embedded, state = self.backbone.run(embedded, context, self.prelude, state)
         s = self._start(embedded, initial_state, generator)
-        kept = filled = previous = None
+        kept = filled = previous = hidden = None
         if ragged:
             assert state is not None or not self.prelude.stop
             before = self.backbone.new_state() if state is None else state
             found = run_pass(self, policy, exit_rule, s, embedded, context, before, r, window)  # type: ignore[arg-type]
             s, taken, state, filled = found.final, found.recurrences, found.state, found.filled
-            previous = found.previous
+            previous, hidden = found.previous, found.hidden
         elif exit_rule.active:
-            s, taken = self._loop_with_exits(s, embedded, context, r, exit_rule, window)
+            s, taken, hidden = self._loop_with_exits(s, embedded, context, r, exit_rule, window)
         else:
             without, _ = window.split(r)
             kept = []
@@ -301,10 +304,14 @@ class DepthLoop(Reasoner):
                     s, state, outputs = self.step(s, embedded, context, state, i, record)
                 kept.append(outputs)
             taken = torch.full((len(s),), r, device=s.device)
-        hidden, state = self.finish(s, context, state)
+        reused = None
+        if hidden is None:
+            hidden, state = self.finish(s, context, state)
+        else:
+            reused = taken < r
         logits = self.backbone.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         state = None if state is None else closed(state).advance(context)
-        return LoopOutput(hidden, logits, s, taken, state, kept if record else None, filled, previous)
+        return LoopOutput(hidden, logits, s, taken, state, kept if record else None, filled, previous, reused)
 
     def _start(self, embedded: Tensor, given: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if given is None:
@@ -353,40 +360,39 @@ class DepthLoop(Reasoner):
 
     def _loop_with_exits(
         self, s: Tensor, embedded: Tensor, context: SequenceContext, most: int, rule: ExitRule, window: GradientWindow
-    ) -> tuple[Tensor, Tensor]:
-        """The loop on the rows still at work: ``(s_r [B, S, D], r [B])``. Rows that settle are taken out, not computed
-        on."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loop on the rows still at work: ``(s_r [B, S, D], r [B], what the coda made of s_r)``. Rows that settle are taken out,
+        not computed on. The last is ``None`` where no check decodes, or where it should carry gradient."""
         rows = torch.arange(len(s), device=s.device)
         without, _ = window.split(most)
         memory: Tensor | None = None
-        done_rows, done_states, done_steps = [], [], []
+        decodes = rule.decoded and not torch.is_grad_enabled()
+        done = Departures()
         for i in range(1, most + 1):
             with torch.no_grad() if i <= without else nullcontext():
                 new, _, _ = self.step(s, embedded, context)
-            leaving = torch.zeros_like(rows, dtype=torch.bool)
             if i == most:
-                leaving = ~leaving
-            elif rule.due(i):
-                leaving, memory = self.check_exit(s, new, context, rule, memory)
-                if i < rule.min_steps:
-                    leaving = torch.zeros_like(leaving)
-            s = new
-            if bool(leaving.any()):
-                done_rows.append(rows[leaving])
-                done_states.append(s[leaving])
-                done_steps.append(torch.full_like(rows[leaving], i))
-                stay = ~leaving
-                rows, s, embedded = rows[stay], s[stay], embedded[stay]
-                if not len(rows):
-                    break
-                memory = None if memory is None else memory[stay]
-                context = SequenceContext.build(
-                    *embedded.shape[:2], embedded.device, attention_mask=context.real_tokens[stay]
-                )
-        order = torch.cat(done_rows).argsort()
-        return torch.cat(done_states)[order], torch.cat(done_steps)[order]
+                done.add(None, rows, i, new, hidden=self.finish(new, context)[0] if decodes else None)
+                break
+            before, s = s, new
+            if not rule.due(i):
+                continue
+            leaving, memory, hidden = self.check_exit(before, s, context, rule, memory)
+            gone = leaving.nonzero()[:, 0]
+            if i < rule.min_steps or not len(gone):
+                continue
+            done.add(gone, rows, i, s, hidden=hidden if decodes else None)
+            stay = (~leaving).nonzero()[:, 0]
+            if not len(stay):
+                break
+            rows, s, embedded = (t.index_select(0, stay) for t in (rows, s, embedded))
+            memory = None if memory is None else memory.index_select(0, stay)
+            context = SequenceContext.build(
+                *embedded.shape[:2], embedded.device, attention_mask=context.real_tokens[stay]
+            )
+        found = done.in_order()
+        return found.final, found.recurrences, found.hidden
 
-    @torch.no_grad()
     def check_exit(
         self,
         previous: Tensor,
@@ -395,15 +401,16 @@ class DepthLoop(Reasoner):
         rule: ExitRule,
         memory: Tensor | None,
         tokens: ModelState | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows that may stop ``[n]`` after :math:`s_{i-1}` became :math:`s_i`, and the rule's memory. A decoded rule runs
-        coda and head, from the token state ``tokens`` and leaving nothing in it."""
-        mask = context.real_tokens
-        logits = None
-        if rule.decoded:
-            logits = self.backbone.head(rule.view(self.finish(state, context, tokens)[0], mask))
-        value, memory = rule.measure(rule.view(previous, mask), rule.view(state, mask), logits, memory)
-        return rule.settled(value, mask), memory
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows that may stop ``[n]`` after :math:`s_{i-1}` became :math:`s_i`, the rule's memory, and what the coda made of
+        :math:`s_i` (:meth:`finish`), without gradient. A decoded rule runs coda and head, from the token state ``tokens``; of a rule
+        that does not the last is ``None``."""
+        with torch.no_grad():
+            mask = context.real_tokens
+            hidden = self.finish(state, context, tokens)[0] if rule.decoded else None
+            logits = None if hidden is None else self.backbone.head(rule.view(hidden, mask))
+            value, memory = rule.measure(rule.view(previous, mask), rule.view(state, mask), logits, memory)
+            return rule.settled(value, mask), memory, hidden
 
     # -- cost --------------------------------------------------------------------------------------------------------
 
@@ -416,16 +423,18 @@ class DepthLoop(Reasoner):
         head: Tensor | int = 0,
         checks: Tensor | int = 0,
         checked: Tensor | int = 1,
+        reused: Tensor | int = 0,
     ) -> Tensor | float:
         """Forward FLOPs of ``new`` tokens after ``past`` ones, row by row: prelude, r times adapter and core, coda,
         head.
 
         ``checks``: how many times the coda ran besides, for an exit rule that decodes, with the head at ``checked``
-        positions.
+        positions; ``reused``: 1 where the last of them was the answer's, so that the coda did not run once more.
         """
         prelude, core, coda = (FlopCounter(self.backbone, part) for part in (self.prelude, self.core, self.coda))
         loop = core(new, past) + self.adapter.flops_per_token * new
-        return prelude(new, past) + loop * recurrences + coda(new, past, head) + coda(new, past, checked) * checks
+        price = prelude(new, past) + loop * recurrences + coda(new, past, head) + coda(new, past, checked) * checks
+        return price - coda(new, past) * reused
 
     def fill_flops(self, new: Tensor | int, filled: Tensor | int) -> Tensor | float:
         """Forward FLOPs of filling gaps: each of ``new`` tokens goes through the core's linear mixers ``filled`` times."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from latentcot.backbone import ModelState, SequenceContext
 from latentcot.backbone.mixers.base import LOWER_BOUNDS
 from latentcot.backbone.state import LayerState, Place
-from latentcot.recurrent_depth.columns import ATTENTION, OpenColumns, Tail, grows_in_place, runs_of
+from latentcot.recurrent_depth.columns import ATTENTION, LateTensors, OpenColumns, Tail, grows_in_place, runs_of
+from latentcot.recurrent_depth.departures import Departures
 from latentcot.recurrent_depth.exit_rule import ExitRule
 from latentcot.recurrent_depth.gradient_window import FULL, GradientWindow
 from latentcot.recurrent_depth.step_cache import SLOT_BLOCK, StepCache, depth_of, first_writer, mark
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
 @dataclass
 class PassResult:
     """``final [B, S, D]`` s_r; ``recurrences [B]``; ``state`` with the core's entries and the rule, not yet advanced;
-    ``filled [B]``: recurrences whose gaps were filled; ``previous [B, S, D]``: s_{r-1} of each row, without gradient."""
+    ``filled [B]``: recurrences whose gaps were filled; ``previous [B, S, D]``: s_{r-1} of each row, without gradient; ``hidden [B, S,
+    D]``: what the coda made of s_r, where checks of the exit rule ran it in place (its columns are then written); else ``None``."""
 
     final: Tensor
     recurrences: Tensor
     state: ModelState
     filled: Tensor
     previous: Tensor
+    hidden: Tensor | None
 
 
 @dataclass
@@ -129,6 +132,12 @@ class StepPass:
         blocks = range(self.loop.coda.start, self.loop.coda.stop)
         return self.state_of(rows, {(b, 0): self._rows((b, 0), state, rows) for b in blocks if (b, 0) in state.entries})
 
+    def coda_in_place(self, state: ModelState) -> bool:
+        """Whether the coda leaves what it writes where it belongs, so that it need not run again for rows that a check has decoded."""
+        blocks = range(self.loop.coda.start, self.loop.coda.stop)
+        open_ones = all(isinstance(state.entries.get((b, 0)), OpenColumns) for b in blocks)
+        return open_ones and not self.past.is_fresh and not torch.is_grad_enabled()
+
     def _rows(self, place: Place, state: ModelState, rows: Tensor) -> LayerState:
         entry = state.entries[place]
         return (
@@ -189,7 +198,7 @@ class StepPass:
             entry = self.past.entries.get(place)
             if entry is None and self.policy.copies:
                 deepest = self.past.entries[place[0], self.deepest - 1]
-                entry = LayerState(ATTENTION, deepest.tensors)  # not its buffer, which goes on where it is
+                entry = LayerState(ATTENTION, dict(deepest.tensors))  # not its buffer, which goes on where it is
             self.tails[place] = Tail(self._empty() if entry is None else entry)
         return self.tails[place]
 
@@ -296,20 +305,19 @@ class StepPass:
 
     def _grown(self, before: list[Place]) -> dict[Place, LayerState]:
         """Every place with the new column, in which rows that did not come so far have zeros, or copies."""
-        for place in before:
-            self._tail(place)
-        blocks = [self.loop.core.start + j for j in self.attention]
-        for recurrence in range(max(self.deepest, int(self.taken.max())) if self.policy.copies else 0):
-            left = (self.taken <= recurrence).nonzero()[:, 0]
-            for block in blocks if len(left) else []:
-                self._tail((block, recurrence)).fill(left, self._tail((block, recurrence - 1)))
+        untouched = sorted(place for place in before if place not in self.tails)
         missing: dict[int, Tensor] = {}
-        for place, tail in self.tails.items() if not self.policy.copies else []:
+        for place in sorted(self.tails):
             needed = self._needed(place)
             if needed not in missing:
                 missing[needed] = (self.taken < needed).nonzero()[:, 0]
-            tail.fill(missing[needed])
-        return {place: tail.close() for place, tail in self.tails.items()}
+            tail = self.tails[place]
+            tail.fill(missing[needed], self.tails[place[0], place[1] - 1] if self.policy.copies and place[1] else None)
+        found: dict[Place, LayerState] = {place: tail.close() for place, tail in self.tails.items()}
+        for place in untouched:  # no row came here: nothing is written before one does
+            donor = found[place[0], place[1] - 1] if self.policy.copies else None
+            found[place] = LayerState(ATTENTION, LateTensors(self.past.entries[place], donor, self.columns + 1))
+        return found
 
     def _copied(self) -> dict[Place, LayerState]:
         """Keys and values of every recurrence, those of tokens that stopped before it copied from where they stopped."""
@@ -377,30 +385,36 @@ def run_pass(
     passing = StepPass(loop, policy, state, context)
     rows, s, memory = passing.everyone, start, None
     without, _ = window.split(most)
-    done_rows, done_states, done_before = [], [], []
-    for i in range(most):
-        part = passing.context_of(rows)
-        with torch.no_grad() if i < without else nullcontext():
-            new, inputs = _recurrence(loop, passing, s, embedded, rows, i)
-        leaving = torch.full_like(rows, i + 1 == most, dtype=torch.bool)
-        if i + 1 < most and rule.due(i + 1):
-            leaving, memory = loop.check_exit(s, new, part, rule, memory, passing.coda(state, rows))
-            leaving = leaving & (i + 1 >= rule.min_steps)
+    decodes = rule.decoded and passing.coda_in_place(state)
+    done = Departures()
+    for i in range(1, most + 1):
+        with torch.no_grad() if i <= without else nullcontext():
+            new, inputs = _recurrence(loop, passing, s, embedded, rows, i - 1)
         before, s = s, new
-        if bool(leaving.any()):
-            gone, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
-            done_rows.append(rows.index_select(0, gone))
-            done_states.append(s.index_select(0, gone))
-            done_before.append(before.index_select(0, gone).detach())
-            passing.leave(done_rows[-1], i + 1, {block: x.index_select(0, gone) for block, x in inputs.items()})
-            rows, s, embedded = (t.index_select(0, stay) for t in (rows, s, embedded))
-            memory = None if memory is None else memory.index_select(0, stay)
-            if not len(rows):
-                break
-    order = torch.cat(done_rows).argsort()
-    final = torch.cat(done_states)[order]
+        part = passing.context_of(rows)
+        gone = stay = hidden = None
+        if i == most:
+            hidden = loop.finish(s, part, passing.coda(state, rows))[0] if decodes else None
+        elif rule.due(i):
+            tokens = passing.coda(state, rows) if rule.decoded else None
+            leaving, memory, hidden = loop.check_exit(before, s, part, rule, memory, tokens)
+            gone = leaving.nonzero()[:, 0]
+            if i < rule.min_steps or not len(gone):
+                continue
+            stay = (~leaving).nonzero()[:, 0] if len(gone) < len(rows) else None
+        else:
+            continue
+        # what a check has decoded of rows that leave is what they would be decoded to; their coda's columns are written
+        left = done.add(gone, rows, i, s, before.detach(), hidden if decodes else None)
+        passing.leave(left, i, {b: x if gone is None else x.index_select(0, gone) for b, x in inputs.items()})
+        if stay is None:
+            break
+        rows, s, embedded = (t.index_select(0, stay) for t in (rows, s, embedded))
+        memory = None if memory is None else memory.index_select(0, stay)
+    found = done.in_order()
+    assert found.before is not None
     kept = passing.finish(state)
-    return PassResult(final, passing.taken, kept, passing.filled, torch.cat(done_before)[order])
+    return PassResult(found.final, passing.taken, kept, passing.filled, found.before, found.hidden)
 
 
 def _recurrence(

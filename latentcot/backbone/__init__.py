@@ -9,6 +9,7 @@ from latentcot.backbone.config import HybridConfig
 from latentcot.backbone.context import SequenceContext
 from latentcot.backbone.engine import DecodeEngine
 from latentcot.backbone.generation import Sampling, prefill
+from latentcot.backbone.layout import lay_out_for_decoding
 from latentcot.backbone.loss import next_token_loss
 from latentcot.backbone.mixers import MIXERS, Mixer
 from latentcot.backbone.model import HybridForCausalLM, HybridModel, HybridOutput
@@ -45,6 +46,7 @@ __all__ = [
     "describe_pattern",
     "export_checkpoint",
     "generate_many",
+    "lay_out_for_decoding",
     "load_checkpoint",
     "next_token_loss",
     "parse_pattern",

@@ -7,7 +7,7 @@ import torch
 
 from latentcot.backbone.state import LayerState
 from latentcot.recurrent_depth import DepthLoop, ExitRule, StepCache
-from latentcot.recurrent_depth.columns import OpenColumns, StoredColumns, Tail, runs_of
+from latentcot.recurrent_depth.columns import LateTensors, OpenColumns, StoredColumns, Tail, runs_of
 
 
 @pytest.fixture
@@ -80,6 +80,39 @@ def test_columns_are_taken_and_buffers_grow(reader):
     assert len(buffers) <= 3  # copied once when it begins, then every 32 columns
     whole = reader(None, policy, 0, 40)
     torch.testing.assert_close(whole.logits[:, -1], reader(reader(None, policy, 0, 39).state, policy, 39).logits[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["latest", "skip"])
+def test_places_that_no_row_reached_are_filled_when_one_does(reader, kind):
+    """Until then they cost nothing; whoever looks sees the copies, or zeros, that they will hold."""
+    policy = StepCache(kind)
+    state = reader(None, policy, 0, 4).state
+    early = ExitRule("latent_difference", torch.inf, min_steps=2)
+    for at in range(4, 8):
+        state = reader(state, policy, at, rule=early).state
+    late = state.entries[1, 4]
+    assert isinstance(late.tensors, LateTensors)
+    assert isinstance(late.tensors.own.tensors, dict)  # not one inside the other, however many tokens
+    assert isinstance(state.entries[1, 1], StoredColumns)
+    assert late["keys"].shape == state.entries[1, 1]["keys"].shape
+    assert late.nbytes == state.entries[1, 1].nbytes
+    expected = state.entries[1, 1]["values"][:, :, 4:] * (kind == "latest")
+    assert torch.equal(late["values"][:, :, 4:], expected)
+    plain = state.fork()
+    assert not any(isinstance(entry.tensors, LateTensors) for entry in plain.entries.values())
+    kept = state.entries[1, 4]["keys"].clone()
+    deep = reader(state, policy, 8)  # all six recurrences
+    torch.testing.assert_close(deep.logits, reader(plain, policy, 8).logits, atol=1e-12, rtol=0)
+    assert isinstance(deep.state.entries[1, 4], StoredColumns)
+    assert torch.equal(deep.state.entries[1, 4]["keys"][:, :, :8], kept)
+    assert torch.equal(state.entries[1, 4]["keys"], kept)  # the state before is what it was
+    torch.testing.assert_close(reader(state, policy, 8).logits, deep.logits, atol=1e-12, rtol=0)  # and goes on twice
+    for at in range(8, 40):  # beyond the room of the first buffer
+        state = reader(state, policy, at, rule=early if at < 39 else None).state
+        plain = reader(plain, policy, at, rule=early if at < 39 else None).state.fork()
+    for place, entry in plain.entries.items():
+        for name, tensor in entry.tensors.items():
+            torch.testing.assert_close(state.entries[place][name], tensor, atol=1e-12, rtol=0)
 
 
 def test_chosen_rows_make_a_state_of_their_own(reader):

@@ -281,6 +281,28 @@ def test_rows_leave_at_different_depths_and_stop_costing(settling, ids, start, m
         torch.testing.assert_close(output.logits[row], fixed[row], **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["kl", "entropy", "argmax"])
+def test_a_row_that_leaves_at_a_check_is_not_decoded_again(settling, ids, start, kind, monkeypatch):
+    """With gradient the coda runs once more behind the loop, without it what the check decoded is used: the same result."""
+    rule = ExitRule(kind, 3 if kind == "argmax" else 0.02, check_every=2)
+    decoded: list[int] = []
+    finish = settling.finish
+    monkeypatch.setattr(settling, "finish", lambda s, *rest: (decoded.append(len(s)), finish(s, *rest))[1])
+    again = settling.recur(ids, 7, initial_state=start, exit_rule=rule)
+    checks = again.recurrences.clamp(max=6) // 2
+    assert again.reused is None
+    assert sum(decoded) == int(checks.sum()) + 3
+    decoded.clear()
+    with torch.no_grad():
+        once = settling.recur(ids, 7, initial_state=start, exit_rule=rule)
+    assert once.recurrences.tolist() == again.recurrences.tolist()
+    assert once.reused.tolist() == (once.recurrences < 7).tolist()
+    assert any(once.reused)
+    assert sum(decoded) == int(checks.sum()) + int((~once.reused).sum())
+    torch.testing.assert_close(once.logits, again.logits, **TOLERANCE)
+    torch.testing.assert_close(once.final_state, again.final_state, **TOLERANCE)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

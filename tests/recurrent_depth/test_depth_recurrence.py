@@ -108,6 +108,18 @@ def test_checks_cost_as_many_heads_as_positions_are_looked_at(method, make_batch
     torch.testing.assert_close(output.flops, expected)
 
 
+def test_a_check_that_ends_a_row_costs_a_head_and_no_second_coda(method, make_batch):
+    prompts = make_batch().prompts
+    at_once = {"kind": "kl", "threshold": float("inf"), "min_steps": 2}
+    output = method.answer(prompts, AnswerLimits(knobs={"recurrences": 9, "exit_rule": at_once}))
+    assert output.info["recurrences"].tolist() == [2, 2, 2]
+    given = prompts.mask.sum(1).double() + 1
+    coda = FlopCounter(method.backbone, method.coda)
+    # two checks of one position each, and the head of the answer
+    expected = method.flops(given, recurrences=2, head=1) + coda(given, 0) + 2 * coda.head
+    torch.testing.assert_close(output.flops, expected)
+
+
 def test_early_exit_costs_less(method, make_batch):
     prompts = make_batch().prompts
     at_once = {"kind": "latent_difference", "threshold": float("inf"), "min_steps": 2}

@@ -408,6 +408,29 @@ def test_decoded_tokens_leave_at_their_least_and_never_where_nothing_settles(set
         torch.testing.assert_close(out.logits, fixed.logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize("policy", ["latest", "skip"])
+def test_what_a_check_decoded_stays_in_the_state(settling, ids, start, policy, monkeypatch):
+    """Rows that a check lets go have written their column of the coda; those that go on write it later, once more."""
+    loop, rule = settling(DepthLoop, {}, **ATTENTION), ExitRule("kl", 0.02, check_every=2)
+    policy = StepCache(policy)
+    with torch.no_grad():
+        state = loop.recur(ids[:, :5], 7, initial_state=start[:, :5], use_cache=True, step_cache=policy).state
+        rows: list[int] = []
+        finish = loop.finish
+        monkeypatch.setattr(loop, "finish", lambda s, *rest: (rows.append(len(s)), finish(s, *rest))[1])
+        piece = {"initial_state": start[:, 5:6], "exit_rule": rule, "state": state, "step_cache": policy}
+        once = loop.recur(ids[:, 5:6], 7, **piece)
+    checks = int((once.recurrences.clamp(max=6) // 2).sum())
+    assert sum(rows) == checks + int((once.recurrences == 7).sum())
+    assert any(once.reused)
+    again = loop.recur(ids[:, 5:6], 7, **piece)  # with gradient: joined, and the coda runs behind the loop
+    assert again.reused is None
+    torch.testing.assert_close(once.logits, again.logits, **TOLERANCE)
+    for place, entry in again.state.entries.items():
+        for name, tensor in entry.tensors.items():
+            torch.testing.assert_close(once.state.entries[place][name], tensor, **TOLERANCE)
+
+
 def test_gradients_through_a_pass_with_a_rule_are_those_of_the_plain_one(make_backbone, ids, start):
     loop = DepthLoop(make_backbone()).double()
     grads = []
