@@ -215,9 +215,11 @@ class SequenceContext:
 
     @cached_property
     def stream_masks(self) -> tuple[Tensor, Tensor]:
-        """With two streams: which clean keys a clean query sees ``[B, 1, S, S]``, and which clean, then noisy keys a noisy query
-        sees ``[B, 1, S, 2S]``. A padded query sees itself alone."""
+        """With two streams: which clean keys a clean query sees ``[B or 1, 1, S, S]``, and which clean, then noisy keys a noisy query
+        sees ``[B or 1, 1, S, 2S]`` (1: rows without padding are alike). A padded query sees itself alone."""
         blocks = self.block_of.chunk(2)[0]
+        if self.mask is None:
+            blocks = blocks[:1]
         queries, keys = blocks[:, :, None], blocks[:, None, :]
         earlier, same = keys < queries, keys == queries
         if self.mask is not None:

@@ -24,6 +24,7 @@ from latentcot.backbone.mixers.base import (
     linear_flops,
     rotated,
 )
+from latentcot.backbone.mixers.stream_attention import attend_in_streams
 from latentcot.backbone.rotary import RotaryLayout
 from latentcot.backbone.state import LayerState
 from latentcot.kernels import BlockCausal
@@ -98,7 +99,8 @@ class SoftmaxAttention(Mixer):
             q, k = rotated(q, k, context, self.options.rope_theta, self.options.rotary_layout)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, K]
         if context.streams == 2:
-            return self.o_proj(self._both_streams(q, k, v, context).transpose(1, 2).flatten(2)), None
+            o = attend_in_streams(q, k, v, context, self.options.window_size)
+            return self.o_proj(o.transpose(1, 2).flatten(2)), None
         window = self.options.window_size
         seen = context.attention_mask if window is None else windowed_mask(context, window)
         if isinstance(state, AttendedState):
@@ -119,19 +121,6 @@ class SoftmaxAttention(Mixer):
             enable_gqa=self.kv_heads != self.heads,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2)), new_state
-
-    def _both_streams(self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext) -> Tensor:
-        """Clean queries meet clean keys, noisy ones clean and noisy keys; ``[2B, H, S, K]``."""
-        (q, noisy_q), (k, noisy_k), (v, noisy_v) = (t.chunk(2) for t in (q, k, v))
-        of_clean, of_noisy = context.stream_masks
-        if self.options.window_size is not None:
-            near = near_in_streams(context, self.options.window_size)
-            of_clean, of_noisy = of_clean & near, of_noisy & torch.cat([near, near], -1)
-        grouped = self.kv_heads != self.heads
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=of_clean, enable_gqa=grouped)
-        keys, values = torch.cat([k, noisy_k], 2), torch.cat([v, noisy_v], 2)
-        noisy_o = F.scaled_dot_product_attention(noisy_q, keys, values, attn_mask=of_noisy, enable_gqa=grouped)
-        return torch.cat([o, noisy_o])
 
     def flops(self, tokens: int, keys: float, directions: int = 1) -> float:
         return linear_flops(self, tokens) + 4.0 * tokens * keys * self.heads * self.head_width
@@ -172,9 +161,3 @@ def windowed_mask(context: SequenceContext, window: int) -> Tensor:
         seen = context.attention_mask
         context.tables[key] = near[:, None] if seen is None else near[:, None] & seen
     return context.tables[key]
-
-
-def near_in_streams(context: SequenceContext, window: int) -> Tensor:
-    """Pairs of one copy of a sequence that lie less than ``window`` real tokens apart, ``[B, 1, S, S]``; the window looks both ways."""
-    positions = context.positions.chunk(2)[0]
-    return ((positions[:, :, None] - positions[:, None, :]).abs() < window)[:, None]
