@@ -17,7 +17,7 @@ part of the batch. Block models take all of them by one two-stream pass in place
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -207,13 +207,14 @@ class PathProbability:
         score = scorer(model, mask_id, self.temperature)
         total = torch.zeros(rollout.sequences.shape, dtype=torch.float32, device=rollout.sequences.device)
         after, passes = rollout.sequences.clone(), []
+        plain = replace(rollout, path=None)  # choosing rows of it does not walk over all passes each time
         for rows, z in reversed(rollout.path):  # what a pass revealed is known from what its rows held afterwards
             revealed = rollout.completion[rows] & (z == mask_id) & (after[rows] != mask_id)
             after[rows] = z
             passes.append((rows, z, revealed))
         for rows, z, revealed in reversed(passes):
             if bool(revealed.any()):
-                found = _at_tokens(score, z, rollout.sequences[rows], rollout.select(rows), revealed)
+                found = _at_tokens(score, z, rollout.sequences[rows], plain.select(rows), revealed)
                 total = total.to(found.dtype).index_add(0, rows, found)
         return total
 
