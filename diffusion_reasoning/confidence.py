@@ -17,10 +17,32 @@ A confidence is any callable from a :class:`Proposal` to ``[n]``. Equal confiden
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Never, overload
 
 import torch
 from torch import Tensor
+
+
+class _WhenRead:
+    """A field that holds a tensor, or a function that is called for it when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Never: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Tensor: ...
+    def __get__(self, instance: object | None, owner: type) -> Tensor:
+        if instance is None:
+            raise AttributeError(self.name)  # tells dataclass that the field has no default
+        value = instance.__dict__[self.name]
+        if not isinstance(value, Tensor):
+            value = instance.__dict__[self.name] = value()
+        return value
+
+    def __set__(self, instance: object, value: Tensor | Callable[[], Tensor]) -> None:
+        instance.__dict__[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -29,14 +51,14 @@ class Proposal:
 
     ``logits [n, V]`` fp64, constraints applied, untempered; ``filtered [n, V]``: after temperature, top-k and top-p;
     ``tokens [n]`` the proposed ones; ``positions [n]``: number of real tokens before each; ``uniform [n]``: a fresh
-    U(0, 1) number for each.
+    U(0, 1) number for each, given as a tensor or as a function that draws it when it is read.
     """
 
     logits: Tensor
     filtered: Tensor
     tokens: Tensor
     positions: Tensor
-    uniform: Tensor
+    uniform: _WhenRead = _WhenRead()
 
     @cached_property
     def filtered_probs(self) -> Tensor:
@@ -117,9 +139,12 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None, rule: 
         logits = logits.masked_fill(~_best(logits, top_k), -torch.inf)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - (ordered if rule == "keep_crossing" else 0.0) <= top_p
-        kept[..., 0] = True
-        logits = logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -torch.inf)
+        mass = ordered.cumsum(-1)
+        if rule == "keep_crossing":
+            mass.sub_(ordered)
+        dropped = (mass <= top_p).logical_not_()
+        dropped[..., 0] = False
+        logits = logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
     return logits
 
 

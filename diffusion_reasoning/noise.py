@@ -33,9 +33,21 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _mix_into(x: Tensor) -> Tensor:
+    """:func:`mix` written over ``x``: a table of numbers for a whole vocabulary is large, and each further one of that
+    size costs memory and, on a CPU, most of the time."""
+    spare = torch.empty_like(x)
+    for bits, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
+        torch.bitwise_right_shift(x, bits, out=spare)
+        x.bitwise_xor_(spare.bitwise_and_((1 << (64 - bits)) - 1))
+        if factor is not None:
+            x.mul_(factor)
+    return x
+
+
 def _uniform(bits: Tensor) -> Tensor:
     """52 bits to fp64 strictly inside (0, 1): both logarithms of a Gumbel draw stay finite."""
-    return (_shift(bits, 12).double() + 0.5) * 2.0**-52
+    return _shift(bits, 12).double().add_(0.5).mul_(2.0**-52)
 
 
 class Noise:
@@ -50,13 +62,13 @@ class Noise:
 
     def positions(self, rows: Tensor, step: int, stream: str, positions: Tensor) -> Tensor:
         """One number for each position: ``rows [R]``, ``positions [R, L]`` to ``[R, L]``."""
-        return _uniform(mix(self._keys(rows, step, stream)[:, None] + (positions + 1) * _GOLDEN))
+        return _uniform(_mix_into(self._keys(rows, step, stream)[:, None] + (positions + 1) * _GOLDEN))
 
     def tokens(self, rows: Tensor, step: int, stream: str, positions: Tensor, vocab_size: int) -> Tensor:
         """One number for each token of the vocabulary at n places: ``rows [n]``, ``positions [n]`` to ``[n, V]``."""
         keys = mix(self._keys(rows, step, stream) + (positions + 1) * _GOLDEN)
         token = torch.arange(1, vocab_size + 1, device=keys.device)
-        return _uniform(mix(keys[:, None] + token * _GOLDEN))
+        return _uniform(_mix_into(keys[:, None] + token * _GOLDEN))
 
 
 def seeds_from_tokens(ids: Tensor, mask: Tensor, seed: int) -> Tensor:

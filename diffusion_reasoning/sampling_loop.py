@@ -10,8 +10,12 @@ r"""The one loop behind every sampler of masked diffusion.
 
 What is masked is a boolean state of its own, never read off ``z == mask``: a given token may be the mask token. A row's
 result does not depend on the other rows: random numbers are drawn by address
-(:mod:`~latentcot.diffusion_reasoning.noise`), counts are per row, finished rows leave the batch. Per pass the loop
-waits for the device a fixed number of times, whatever the number of rows.
+(:mod:`~latentcot.diffusion_reasoning.noise`), counts are per row, finished rows leave the batch.
+
+Per pass the loop waits for the device once, in front of it, whatever the number of rows: which of them go on, how much is
+masked, and whether the pass before was in order. It waits once more in front of each function of a caller that is shown
+what came of a pass (an order, quota or re-masking of one's own, a tokens hook), so that no such function ever sees what
+is out of order, and where a step without a pass is recorded.
 """
 
 from collections.abc import Callable
@@ -21,13 +25,14 @@ import torch
 from torch import Tensor
 
 from latentcot.diffusion_reasoning.block_plan import BlockPlan
-from latentcot.diffusion_reasoning.confidence import Proposal, filter_logits, find_confidence
+from latentcot.diffusion_reasoning.confidence import CONFIDENCES, Proposal, filter_logits, find_confidence
 from latentcot.diffusion_reasoning.corruption import check_logits
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
 from latentcot.diffusion_reasoning.noise import Noise
-from latentcot.diffusion_reasoning.quota import Bernoulli, PassView
+from latentcot.diffusion_reasoning.quota import QUOTAS, Bernoulli, PassView, Quota
 from latentcot.diffusion_reasoning.remasking import ReMDM, Revise
 from latentcot.diffusion_reasoning.sampler_network import Request, SamplerNetwork
+from latentcot.diffusion_reasoning.sampling_turn import Places, Questions, Selection, Turn, either
 from latentcot.diffusion_reasoning.stopping import degenerate
 from latentcot.diffusion_reasoning.trajectory import Recorder
 
@@ -36,6 +41,8 @@ Hook = Callable[[int, Tensor, Tensor], None]
 LogitsHook = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 _LOWEST = torch.finfo(torch.float64).min
 _PATIENCE = 16  # plans' worth of turns that a tokens hook may ask for by masking again
+_OWN_ORDERS = frozenset(CONFIDENCES.values())  # those of this package, as none has been registered yet
+_OWN_CHOICES = (*QUOTAS.values(), ReMDM, Revise, type(None))
 
 
 @dataclass(frozen=True)
@@ -55,22 +62,6 @@ class Hooks:
     before: Hook | None = None
     logits: LogitsHook | None = None
     tokens: LogitsHook | None = None
-
-
-@dataclass
-class _Turn:
-    """Rows of one turn of the loop, their current block ``here [R, L]`` with its size and steps, and which of their
-    positions may be revealed."""
-
-    number: int
-    rows: Tensor
-    here: Tensor
-    size: Tensor
-    steps: Tensor
-    closing: Tensor
-    refilling: Tensor
-    ending: Tensor
-    candidates: Tensor
 
 
 class SamplerLoop:
@@ -94,7 +85,13 @@ class SamplerLoop:
         self.revise = remask if isinstance(remask, Revise) else None
         self.remdm = remask if isinstance(remask, ReMDM) else None
         batch, device = canvas.ids.shape[0], canvas.ids.device
-        self.masked = canvas.maskable.clone()
+        self.closes = type(self.quota).closing is not Quota.closing
+        self.foreign_order = self.order not in _OWN_ORDERS
+        self.foreign_choice = type(self.quota) not in _OWN_CHOICES or type(remask) not in _OWN_CHOICES
+        self.questions = Questions()
+        self.everyone = Selection(torch.arange(batch, device=device), True)
+        # the state is never written in place: what was handed to a caller, a network or the recorder stays as it was
+        self.masked = canvas.maskable
         self.z = canvas.ids.masked_fill(self.masked, config.mask_id)
         # confidence and probability of each token at its last reveal
         self.settled = torch.full(self.z.shape, torch.inf, dtype=torch.float64, device=device)
@@ -109,19 +106,18 @@ class SamplerLoop:
         self.reuse = self.quota.may_wait and not network.reads_time
         self.outputs: Tensor | None = None
         self.asked = 0  # turns that a tokens hook has made necessary
+        self.lowest = float(config.schedule.alpha(torch.ones((), dtype=torch.float64)))  # alpha at t = 1
+        self.no_sigma = torch.zeros(batch, dtype=torch.float64, device=device)
 
     def run(self) -> None:
         number, most = 0, self._most_turns()
-        while number < most + self.asked:
-            rows = (self.block < self.plan.n_blocks).nonzero().squeeze(1)
-            if not rows.numel():
-                break
+        while (turn := self._open(number)) is not None and number < most + self.asked:
             if number >= _PATIENCE * most:
                 raise RuntimeError(
                     f"tokens_hook: it still masks tokens again after {number} denoising steps, where the plan has {most}; "
                     "let it come to an end, or bound the passes by max_nfe"
                 )
-            self._turn(self._open(number, rows))
+            self._turn(turn)
             number += 1
         if bool(self.masked.any()):
             raise RuntimeError(
@@ -135,235 +131,316 @@ class SamplerLoop:
 
     # -- one turn ----------------------------------------------------------------------------------------------------
 
-    def _open(self, number: int, rows: Tensor) -> _Turn:
-        here = (self.plan.block_of[rows] == self.block[rows, None]) & self.canvas.maskable[rows]
-        size, steps = self.plan.size[rows, self.block[rows]], self.plan.steps[rows, self.block[rows]]
-        closing = self.quota.closing(steps, self.step[rows])
-        ending = torch.zeros_like(closing)
+    def _open(self, number: int) -> Turn | None:
+        """The turn ahead, ``None`` when no row goes on. Raises what was wrong in the turn before."""
+        working = self.block < self.plan.n_blocks
+        here = self.plan.block_of == self.block[:, None]  # maskable positions of working rows: elsewhere it is -1
+        candidates, ending = here if self.quota.repredicts else self.masked & here, None
         if self.config.max_nfe is not None:  # no further pass would fit behind this one
             cost = self.network.cost
-            ending = self.nfe[rows] + cost * self.stale[rows].long() + cost > self.config.max_nfe
-        candidates = here if self.quota.repredicts else self.masked[rows] & here
-        candidates = candidates | (self.masked[rows] & ending[:, None])
-        return _Turn(number, rows, here, size, steps, closing, self.extra[rows] > 0, ending, candidates)
+            ending = (self.nfe + cost * self.stale.long() + cost > self.config.max_nfe) & working
+            candidates = candidates | (self.masked & ending[:, None])
+        asked = self.stale & candidates.any(1) if self.reuse else None
+        recorded = None
+        if self.recorder is not None:
+            recorded = (self.canvas.maskable if self.quota.repredicts else self.masked) & working[:, None]
+        marks = [mask for mask in (working, candidates, asked, recorded) if mask is not None]
+        counts = iter(self.questions.ask(marks))
+        if not (rows := next(counts)):
+            return None
+        at = self._select(working, rows)
+        assert at is not None
+        candidates = at.of(candidates)
+        return Turn(
+            number,
+            at,
+            here=at.of(here),
+            size=self._of_block(self.plan.size, at),
+            steps=(steps := self._of_block(self.plan.steps, at)),
+            candidates=candidates,
+            places=Places.of(candidates, next(counts)),
+            asked=at if asked is None else self._select(asked, next(counts)),
+            recorded=None if recorded is None else Places.of(at.of(recorded), next(counts)),
+            closing=self.quota.closing(steps, at.of(self.step)) if self.closes else None,
+            refilling=None if self.revise is None else at.of(self.extra) > 0,
+            ending=None if ending is None else at.of(ending),
+        )
 
-    def _turn(self, turn: _Turn) -> None:
+    def _select(self, chosen: Tensor, count: int) -> Selection | None:
+        """``count`` rows that are ``chosen [B]``; ``None`` where there are none."""
+        if count == len(chosen):
+            return self.everyone
+        return Selection(chosen.nonzero_static(size=count)[:, 0], False) if count else None
+
+    def _of_block(self, table: Tensor, at: Selection) -> Tensor:
+        """What ``table [B, n]`` says about the block that each row is at, ``[R]``."""
+        if table.shape[1] == 1:
+            return at.of(table[:, 0])
+        return at.of(table).gather(1, at.of(self.block)[:, None])[:, 0]
+
+    def _turn(self, turn: Turn) -> None:
+        at, number, place = turn.at, turn.number, turn.places.index
         if self.quota.one_a_pass:  # the next time at which a token is revealed
-            self.noisy[turn.rows] *= self._clock(turn)
+            self.noisy = at.into(self.noisy, at.of(self.noisy) * self._clock(turn))
         logits, passed = self._logits(turn)
-        r, column = turn.candidates.nonzero(as_tuple=True)
-        rows, number = turn.rows, turn.number
-        chosen = self._chosen(logits, turn, r, column)
-        where = self.canvas.positions[rows[r], column]
-        proposal = self._propose(chosen, turn.closing[r], rows[r], where, number)
-        y = self.z[rows].index_put((r, column), proposal.tokens)
-        confidence, shown = self._confidence(proposal, turn, r, column)
-        before, held = self.z[rows], self.masked[rows]
+        chosen, likeliest = self._chosen(logits, turn)
+        proposal = self._propose(chosen, likeliest, turn)
+        before, held = at.of(self.z), at.of(self.masked)
+        y = before.index_put(place, proposal.tokens)
+        values, shown = self._confidence(proposal, turn)
 
         # -- reveal ----------------------------------------------------------------------------------------------------
+        if self.foreign_choice:
+            self.questions.ask()
         sigma, alphas = self._sigma(turn)
+        inside = turn.candidates if turn.ending is None else turn.candidates & turn.here
         view = PassView(
-            shown.masked_fill(~turn.here, -torch.inf),
-            turn.candidates & turn.here,
+            shown if turn.ending is None else shown.masked_fill(~turn.here, -torch.inf),
+            inside,
             turn.size,
             turn.steps,
-            self.step[rows],
+            at.of(self.step),
             sigma,
-            lambda: self.noise.positions(rows, number, "reveal", self.canvas.positions[rows]),
+            lambda: self.noise.positions(at.numbers, number, "reveal", at.of(self.canvas.positions)),
         )
         if alphas is None:
             revealed = self.quota.reveal(view)
         else:
             assert isinstance(self.quota, Bernoulli)
             revealed = self.quota.reveal_between(view, *alphas)
-        reveal = turn.candidates & turn.here & (revealed | (turn.closing | turn.refilling)[:, None])
-        forced = turn.candidates & turn.ending[:, None] & ~reveal
-        self.stopped[rows] |= (forced & held).any(1)
-        y = torch.where(forced, y.index_put((r, column), chosen.argmax(-1)), y)
-        reveal = reveal | forced
+        if (at_once := either(turn.closing, turn.refilling)) is not None:
+            revealed = revealed | at_once[:, None]
+        reveal = inside & revealed
+        if turn.ending is not None:
+            forced = turn.candidates & turn.ending[:, None] & ~reveal
+            self.stopped = at.into(self.stopped, at.of(self.stopped) | (forced & held).any(1))
+            y = torch.where(forced, y.index_put(place, likeliest), y)
+            reveal = reveal | forced
         after, left = torch.where(reveal, y, before), held & ~reveal
         if self.quota.repredicts:
             back = turn.here & ~reveal
             after, left = after.masked_fill(back, self.config.mask_id), left | back
-        self.settled[rows] = torch.where(reveal, confidence, self.settled[rows])
+        if self.revise is not None:
+            of_reveal = _spread(values, turn, -torch.inf)
+            self.settled = at.into(self.settled, torch.where(reveal, of_reveal, at.of(self.settled)))
         if self.remdm is not None and self.remdm.variant == "conf":
-            of_token = torch.zeros_like(confidence)
-            of_token[r, column] = proposal.of_token(proposal.filtered_probs)
-            self.probability[rows] = torch.where(reveal, of_token, self.probability[rows])
+            of_token = _spread(proposal.of_token(proposal.filtered_probs), turn, 0.0)
+            self.probability = at.into(self.probability, torch.where(reveal, of_token, at.of(self.probability)))
 
         # -- re-mask, hook, finish blocks, stop ------------------------------------------------------------------------
         if self.remdm is not None:
             chance = sigma if sigma.dim() == 2 else sigma[:, None]
-            draws = self.noise.positions(rows, number, "remask", self.canvas.positions[rows])
-            back = turn.here & ~held & (draws < chance) & ~turn.ending[:, None]
+            draws = self.noise.positions(at.numbers, number, "remask", at.of(self.canvas.positions))
+            back = turn.here & ~held & (draws < chance)
+            if turn.ending is not None:
+                back = back & ~turn.ending[:, None]
             after, left = after.masked_fill(back, self.config.mask_id), left | back
         if self.hooks.tokens is not None:
-            written, masks = self._rewritten(self.hooks.tokens(number, rows, after.clone(), logits), turn, after, left)
+            self.questions.ask()
+            shown_logits = logits.clone() if self.reuse else logits  # what is used again must stay as it is
+            found = self.hooks.tokens(number, at.numbers, after.clone(), shown_logits)
+            written, masks = self._rewritten(found, turn, after, left)
             self.asked += int((masks & ~left).sum(1).max())
-            again = masks & turn.ending[:, None]  # no pass is left to fill them
-            after, left = torch.where(again, y, written), masks & ~again
+            if turn.ending is not None:
+                again = masks & turn.ending[:, None]  # no pass is left to fill them
+                written, masks = torch.where(again, y, written), masks & ~again
+            after, left = written, masks
         done = ~(left & turn.here).any(1)
-        if self.remdm is not None:
-            done = (done & turn.closing) | turn.ending  # until then a revealed token may still go back
+        if self.remdm is not None:  # until then a revealed token may still go back
+            assert turn.closing is not None
+            done = done & turn.closing if turn.ending is None else (done & turn.closing) | turn.ending
         if self.config.stop == "fixed_point":
             after, left, fixed = self._at_fixed_point(turn, y, after, left)
-            self.stopped[rows] |= fixed & ~done
+            self.stopped = at.into(self.stopped, at.of(self.stopped) | (fixed & ~done))
             done = done | fixed
         if self.revise is not None:
-            again = done & (self.extra[rows] < self.revise.passes) & ~turn.ending
-            low = self.revise.pick(self.settled[rows], turn.here) & again[:, None]
+            extra = at.of(self.extra)
+            again = done & (extra < self.revise.passes)
+            if turn.ending is not None:
+                again = again & ~turn.ending
+            low = self.revise.pick(at.of(self.settled), turn.here) & again[:, None]
             after, left = after.masked_fill(low, self.config.mask_id), left | low
-            self.extra[rows] = torch.where(done & ~again, 0, self.extra[rows] + again)
+            self.extra = at.into(self.extra, torch.where(done & ~again, 0, extra + again))
             done = done & ~again
         after, left, finished = self._stop(turn, done, after, left)
-        changed = (after != before).any(1) | (left != held).any(1)
-        self.z[rows], self.masked[rows] = after, left
-        self.stale[rows] |= changed
-        self.step[rows] = torch.where(done, 0, self.step[rows] + 1)
-        self.block[rows] = torch.where(finished, self.plan.n_blocks[rows], self.block[rows] + done)
+        self._go_on(turn, after, left, done, finished)
+        if self.reuse:  # what the network has not seen
+            changed = (after != before).any(1) | (left != held).any(1)
+            self.stale = at.into(self.stale, at.of(self.stale) | changed)
+            passed = passed or (self.recorder is not None and bool(changed.any()))
+        if self.recorder is not None and passed:
+            assert turn.recorded is not None
+            r, column = turn.recorded.index
+            self.recorder.record(at.numbers_of(r), column, logits[r, column], self.z, self.masked, self.nfe)
+
+    def _go_on(self, turn: Turn, after: Tensor, left: Tensor, done: Tensor, finished: Tensor | None) -> None:
+        """Write down what the rows hold; on to the next block where one is ``done``, to the end where all is."""
+        at, block = turn.at, self.block
+        self.z, self.masked = at.into(self.z, after), at.into(self.masked, left)
+        self.step = at.into(self.step, torch.where(done, 0, at.of(self.step) + 1))
+        moved = at.of(block) + done
+        if finished is not None:
+            moved = torch.where(finished, at.of(self.plan.n_blocks), moved)
+        self.block = at.into(block, moved)
         if self.hooks.tokens is not None:
-            self._reopen(rows, left)
-        if self.recorder is not None and (passed or bool(changed.any())):
-            seen = held | (self.canvas.maskable[rows] if self.quota.repredicts else False)
-            self.recorder.record(rows, logits, seen, held, self.z, self.masked, self.nfe)
+            self._reopen(at, left)
 
     # -- network and proposals ---------------------------------------------------------------------------------------
 
-    def _logits(self, turn: _Turn) -> tuple[Tensor, bool]:
+    def _logits(self, turn: Turn) -> tuple[Tensor, bool]:
         """``[R, L, V]`` of the turn's rows, and whether the network was asked for any of them."""
-        rows = turn.rows
-        seen = rows
-        if self.reuse:
-            seen = rows[self.stale[rows] & turn.candidates.any(1)]
-        if seen.numel():
+        asked, canvas = turn.asked, self.canvas
+        if asked is not None:
             if self.hooks.before is not None:
-                self.hooks.before(turn.number, seen, self.z[seen])
+                self.hooks.before(turn.number, asked.numbers, asked.copy(self.z))
+            z = asked.of(self.z)
             fresh = self.network(
                 Request(
                     turn.number,
-                    seen,
-                    self.z[seen],
-                    self.canvas.real[seen],
-                    self.masked[seen],
-                    self.canvas.maskable[seen],
-                    self._noise_level(seen) if self.network.reads_time else None,
+                    asked.numbers,
+                    asked.copy(self.z),
+                    asked.of(canvas.real),
+                    asked.of(self.masked),
+                    asked.of(canvas.maskable),
+                    self._noise_level(asked) if self.network.reads_time else None,
                 )
             )
-            check_logits(fresh, self.z[seen], self.config.mask_id)
+            check_logits(fresh, z, self.config.mask_id)
             if self.hooks.logits is not None:
-                fresh = self.hooks.logits(turn.number, seen, self.z[seen], fresh)
-                check_logits(fresh, self.z[seen], self.config.mask_id)
-            self.nfe[seen] += self.network.cost
-            if self.reuse:
-                self.stale[seen] = False
-                if self.outputs is None:
-                    self.outputs = fresh.new_zeros(self.z.shape[0], *fresh.shape[1:])
-                self.outputs[seen] = fresh
-            else:
-                self.outputs = fresh
+                fresh = self.hooks.logits(turn.number, asked.numbers, asked.copy(self.z), fresh)
+                check_logits(fresh, z, self.config.mask_id)
+            self.nfe = asked.into(self.nfe, asked.of(self.nfe) + self.network.cost)
+            if not self.reuse:
+                return fresh, True
+            self.stale = asked.into(self.stale, torch.zeros_like(asked.numbers, dtype=torch.bool))
+            if self.outputs is None:
+                self.outputs = fresh.new_zeros(self.z.shape[0], *fresh.shape[1:])
+            asked.write(self.outputs, fresh)  # a table of our own: the network may write over its last one
         assert self.outputs is not None
-        return (self.outputs[rows] if self.reuse else self.outputs), bool(seen.numel())
+        return turn.at.of(self.outputs), asked is not None
 
-    def _chosen(self, logits: Tensor, turn: _Turn, r: Tensor, column: Tensor) -> Tensor:
-        """fp64 logits ``[n, V]`` of the candidates alone, constraints applied."""
-        config, rows = self.config, turn.rows
-        chosen = logits[r, column].double()  # a copy: written into below, which saves a table of n V each time
+    def _chosen(self, logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """fp64 logits ``[n, V]`` of the candidates alone, constraints applied, and the likeliest token of each ``[n]``."""
+        config = self.config
+        chosen = logits[turn.places.index].double()  # a copy: written into below, which saves a table of n V each time
         if config.forbid_mask_token:
             chosen[:, config.mask_id] = -torch.inf
-        _check_finite(chosen, turn.number, rows[r], column)
+        best = chosen.max(-1)
+        highest = best.values  # NaN and +inf come through, -inf only when nothing else is there
+        self.questions.leave_sum(highest, lambda: _check_finite(highest, turn))
         if config.logits_eos_inf:
             chosen[:, config.eos_id] = -torch.inf
         if self.allowed is not None:
-            chosen = _constrain(chosen, self.allowed, turn.number, self.z, rows[r], column)
-        return chosen
+            chosen = _constrain(chosen, self.allowed, turn, self.z)
+        if config.logits_eos_inf or self.allowed is not None:
+            best = chosen.max(-1)
+        if self.allowed is not None:
+            kept = best.values
+            self.questions.leave_sum(kept, lambda: _check_allowed(kept, turn))
+        return chosen, best.indices
 
-    def _propose(self, chosen: Tensor, greedy: Tensor, rows: Tensor, positions: Tensor, number: int) -> Proposal:
-        """A token for each of n candidates: argmax, or a draw from the tempered and filtered distribution by the Gumbel
-        trick.
+    def _propose(self, chosen: Tensor, likeliest: Tensor, turn: Turn) -> Proposal:
+        """A token for each of n candidates: the likeliest, or a draw from the tempered and filtered distribution by the
+        Gumbel trick.
 
         Written with logarithms: the published form exp(logits) / (-log u)^T is the same number until it overflows.
         """
-        config = self.config
-        filtered = chosen / config.temperature if config.temperature > 0 else chosen
+        config, number, (r, column) = self.config, turn.number, turn.places.index
+        rows, positions = turn.at.numbers_of(r), turn.at.of(self.canvas.positions)[r, column]
+        filtered = chosen / config.temperature if config.temperature not in (0.0, 1.0) else chosen
         filtered = filter_logits(filtered, config.top_k, config.top_p, config.top_p_rule)
-        tokens = chosen.argmax(-1)
+        tokens = likeliest
         if config.temperature > 0:
             u = self.noise.tokens(rows, number, "token", positions, chosen.shape[-1])
             if config.gumbel_dtype == "float32":  # 24 bits, as torch.rand gives them
                 u = (u * 2**24).floor().clamp(min=1).float() / 2**24
-            drawn = (filtered - torch.log(-torch.log(u)).double()).argmax(-1)
-            tokens = torch.where(greedy, tokens, drawn)
-        if not config.forbid_mask_token and bool((wrong := tokens == config.mask_id).any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"logits: the network predicted the mask token {config.mask_id} in pass {number + 1}, row {int(rows[at])}; "
-                "forbid_mask_token=True keeps it out"
+            gumbel = u.log_().neg_().log_().double()  # minus it
+            tokens = torch.sub(filtered, gumbel, out=gumbel).argmax(-1)
+            if turn.closing is not None:
+                tokens = torch.where(turn.closing[r], likeliest, tokens)
+        if not config.forbid_mask_token:
+            self.questions.leave(
+                (tokens == config.mask_id).sum(dtype=torch.float64),
+                lambda wrong: wrong == 0,
+                lambda: _refuse_mask_token(tokens, config.mask_id, turn),
             )
-        # [n, 1] positions of rows [n]: one number a candidate
-        uniform = self.noise.positions(rows, number, "order", positions[:, None])[:, 0]
-        return Proposal(chosen, filtered, tokens, positions, uniform)
+        return Proposal(
+            chosen,
+            filtered,
+            tokens,
+            positions,
+            # [n, 1] positions of rows [n]: one number a candidate
+            lambda: self.noise.positions(rows, number, "order", positions[:, None])[:, 0],
+        )
 
-    def _confidence(self, proposal: Proposal, turn: _Turn, r: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """Confidences ``[R, L]`` as they are, and as the quota is shown them."""
-        config = self.config
+    def _confidence(self, proposal: Proposal, turn: Turn) -> tuple[Tensor, Tensor]:
+        """Confidences of the candidates ``[n]``, and ``[R, L]`` as the quota is shown them."""
+        config, expected = self.config, proposal.tokens.shape
+        if self.foreign_order:
+            self.questions.ask()
         values = self.order(proposal).double()
-        if values.shape != proposal.tokens.shape or bool(values.isnan().any()):
-            raise ValueError(
-                f"order: {config.order!r} gave {list(values.shape)} values, NaN among them or not; expected a number for "
-                f"each of {list(proposal.tokens.shape)} candidates"
-            )
+
+        def refuse() -> None:
+            if values.shape != expected or bool(values.isnan().any()):
+                raise ValueError(
+                    f"order: {config.order!r} gave {list(values.shape)} values, NaN among them or not; expected a number "
+                    f"for each of {list(expected)} candidates"
+                )
+
+        if values.shape != expected:
+            refuse()
+        self.questions.leave_sum(values, refuse)
         values = values.clamp(min=_LOWEST)
         ordered = values
         if config.order_temperature > 0:
-            u = self.noise.positions(turn.rows[r], turn.number, "selection", proposal.positions[:, None])[:, 0]
+            rows = turn.at.numbers_of(turn.places.r)
+            u = self.noise.positions(rows, turn.number, "selection", proposal.positions[:, None])[:, 0]
             ordered = values / config.order_temperature - torch.log(-torch.log(u))
         if config.confidence_eos_eot_inf:
             last = proposal.tokens == config.eos_id
             if config.eot_id is not None:
                 last = last | (proposal.tokens == config.eot_id)
             ordered = ordered.masked_fill(last, _LOWEST)
-        shape, device = turn.candidates.shape, values.device
-        empty = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
-        return empty.index_put((r, column), values), empty.index_put((r, column), ordered)
+        return values, _spread(ordered, turn, -torch.inf)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
-    def _sigma(self, turn: _Turn) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _sigma(self, turn: Turn) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """ReMDM's re-masking probability ``[R]`` or ``[R, L]``, and the shares of clean tokens it goes with."""
-        none = torch.zeros(len(turn.rows), dtype=torch.float64, device=self.z.device)
+        at = turn.at
         if self.remdm is None:
-            return none, None
+            return at.of(self.no_sigma), None
         assert isinstance(self.quota, Bernoulli)
-        before, after = self.quota.times(turn.steps, self.step[turn.rows])
+        assert turn.closing is not None
+        before, after = self.quota.times(turn.steps, at.of(self.step))
         alpha_t, alpha_s = (self.remdm.alpha(t, self.quota.schedule) for t in (before, after))
-        revealed = turn.here & ~self.masked[turn.rows]
-        sigma = self.remdm.sigma(alpha_t, alpha_s, before, self.probability[turn.rows], revealed)
+        revealed = turn.here & ~at.of(self.masked)
+        sigma = self.remdm.sigma(alpha_t, alpha_s, before, at.of(self.probability), revealed)
         return sigma.masked_fill(turn.closing if sigma.dim() == 1 else turn.closing[:, None], 0.0), (alpha_t, alpha_s)
 
-    def _noise_level(self, rows: Tensor) -> Tensor:
+    def _noise_level(self, at: Selection) -> Tensor:
         """sigma = -log alpha of each row ``[R]`` for a network that reads it: from the grid of the ancestral sampler,
         first hitting's clock, or the share that is masked."""
         if isinstance(self.quota, Bernoulli):
-            steps = self.plan.steps[rows, self.block[rows]]
-            t, _ = self.quota.times(steps, self.step[rows])
+            t, _ = self.quota.times(self._of_block(self.plan.steps, at), at.of(self.step))
             alpha = self.quota.schedule.alpha(t) if self.remdm is None else self.remdm.alpha(t, self.quota.schedule)
         elif self.quota.one_a_pass:
-            alpha = 1 - self.noisy[rows]
+            alpha = 1 - at.of(self.noisy)
         else:
-            alpha = 1 - self.masked[rows].sum(1).double() / self.canvas.maskable[rows].sum(1)
-        lowest = float(self.config.schedule.alpha(torch.ones((), dtype=torch.float64)))
-        return -alpha.clamp(min=max(lowest, 1e-9), max=1.0).log()
+            alpha = 1 - at.of(self.masked).sum(1).double() / at.of(self.canvas.maskable).sum(1)
+        return -alpha.clamp(min=max(self.lowest, 1e-9), max=1.0).log()
 
-    def _clock(self, turn: _Turn) -> Tensor:
-        n = self.masked[turn.rows].sum(1).clamp(min=1)
-        first = torch.zeros(len(turn.rows), 1, dtype=torch.int64, device=self.z.device)
-        return self.noise.positions(turn.rows, turn.number, "clock", first)[:, 0] ** (1 / n)
+    def _clock(self, turn: Turn) -> Tensor:
+        at = turn.at
+        n = at.of(self.masked).sum(1).clamp(min=1)
+        first = torch.zeros(len(n), 1, dtype=torch.int64, device=n.device)
+        return self.noise.positions(at.numbers, turn.number, "clock", first)[:, 0] ** (1 / n)
 
     # -- stopping -----------------------------------------------------------------------------------------------------
 
-    def _rewritten(self, z: Tensor, turn: _Turn, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    def _rewritten(self, z: Tensor, turn: Turn, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """What a tokens hook made of the rows: it may write tokens, or the mask, at maskable positions."""
-        maskable = self.canvas.maskable[turn.rows]
+        maskable = turn.at.of(self.canvas.maskable)
         if z.shape != after.shape or z.dtype != after.dtype:
             raise ValueError(
                 f"tokens_hook: shape {list(z.shape)} of {z.dtype} returned, expected {list(after.shape)} of {after.dtype}"
@@ -371,37 +448,40 @@ class SamplerLoop:
         changed = z != after
         if bool((changed & ~maskable).any()):
             at = (changed & ~maskable).nonzero()[0].tolist()
-            raise ValueError(f"tokens_hook: it changed position {at[1]} of row {int(turn.rows[at[0]])}, which is given")
-        return z, torch.where(changed, z == self.config.mask_id, left)
+            row = int(turn.at.numbers[at[0]])
+            raise ValueError(f"tokens_hook: it changed position {at[1]} of row {row}, which is given")
+        return z.clone(), torch.where(changed, z == self.config.mask_id, left)
 
-    def _reopen(self, rows: Tensor, left: Tensor) -> None:
+    def _reopen(self, at: Selection, left: Tensor) -> None:
         """Go back to the first block in which a tokens hook has masked something after it was finished."""
-        first = torch.where(left, self.plan.block_of[rows], self.plan.n_blocks[rows, None]).amin(1)
-        back = first < self.block[rows]
-        self.block[rows] = torch.where(back, first, self.block[rows])
-        self.step[rows] = torch.where(back, 0, self.step[rows])
+        first = torch.where(left, at.of(self.plan.block_of), at.of(self.plan.n_blocks)[:, None]).amin(1)
+        block, step = at.of(self.block), at.of(self.step)
+        back = first < block
+        self.block = at.into(self.block, torch.where(back, first, block))
+        self.step = at.into(self.step, torch.where(back, 0, step))
         self.asked += int(back.any()) * int(self.plan.n_blocks.max())  # the blocks between are passed once more
 
-    def _at_fixed_point(self, turn: _Turn, y: Tensor, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _at_fixed_point(self, turn: Turn, y: Tensor, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows whose whole block is predicted as in the pass before are filled with that prediction."""
         if self.guess is None:
             self.guess = torch.full_like(self.z, -1)
-        same = ((self.guess[turn.rows] == y) | ~turn.here).all(1)
-        self.guess[turn.rows] = torch.where(turn.here, y, self.guess[turn.rows])
+        guess = turn.at.of(self.guess)
+        same = ((guess == y) | ~turn.here).all(1)
+        self.guess = turn.at.into(self.guess, torch.where(turn.here, y, guess))
         fill = same[:, None] & turn.here
         return torch.where(fill, y, after), left & ~fill, same
 
-    def _stop(self, turn: _Turn, done: Tensor, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _stop(self, turn: Turn, done: Tensor, after: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(z, masked, rows that are finished altogether)`` after the stopping rule was applied to finished blocks."""
-        config, finished = self.config, turn.ending
+        config, at, finished = self.config, turn.at, turn.ending
         if config.stop not in ("eos_block", "eos_or_degenerate"):
             return after, left, finished
         ended = done & ((after == config.eos_id) & turn.here).any(1)
         if config.stop == "eos_or_degenerate":
-            ended = ended | (done & degenerate(after, self.canvas.real[turn.rows] & ~left))
-        self.stopped[turn.rows] |= ended & left.any(1)
+            ended = ended | (done & degenerate(after, at.of(self.canvas.real) & ~left))
+        self.stopped = at.into(self.stopped, at.of(self.stopped) | (ended & left.any(1)))
         after = torch.where(left & ended[:, None], config.eos_id, after)
-        return after, left & ~ended[:, None], finished | ended
+        return after, left & ~ended[:, None], either(finished, ended)
 
     def _most_turns(self) -> int:
         """No row can need more turns of the loop than this."""
@@ -410,26 +490,48 @@ class SamplerLoop:
         return max(tokens, self.config.steps or 0) + blocks * (1 + (self.revise.passes if self.revise else 0))
 
 
-def _check_finite(chosen: Tensor, number: int, rows: Tensor, columns: Tensor) -> None:
-    highest = (
-        chosen.amax(-1) if chosen.shape[0] else chosen[:, 0]
-    )  # NaN and +inf come through, -inf only when nothing else is there
-    if bool(highest.isfinite().all()):
-        return
-    at = int((~highest.isfinite()).nonzero()[0])
-    value = "NaN or +inf" if not bool(highest[at] == -torch.inf) else "-inf for every token"
-    raise FloatingPointError(f"logits: {value} in pass {number + 1}, row {int(rows[at])}, position {int(columns[at])}")
+def _spread(values: Tensor, turn: Turn, elsewhere: float) -> Tensor:
+    """``values [n]`` of the candidates at their places in ``[R, L]``."""
+    empty = torch.full(turn.candidates.shape, elsewhere, dtype=torch.float64, device=values.device)
+    return empty.index_put_(turn.places.index, values)
 
 
-def _constrain(chosen: Tensor, allowed: Allowed, number: int, z: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    table = allowed if isinstance(allowed, Tensor) else allowed(number, z)
+# -- what may be wrong -----------------------------------------------------------------------------------------------------
+
+
+def _where(wrong: Tensor, turn: Turn) -> tuple[int, int, int]:
+    """The first ``wrong [n]`` candidate with its row and position."""
+    at = int(wrong.nonzero()[0])
+    return at, int(turn.at.numbers[turn.places.r[at]]), int(turn.places.column[at])
+
+
+def _check_finite(highest: Tensor, turn: Turn) -> None:
+    wrong = ~highest.isfinite()
+    if bool(wrong.any()):
+        at, row, position = _where(wrong, turn)
+        value = "NaN or +inf" if not bool(highest[at] == -torch.inf) else "-inf for every token"
+        raise FloatingPointError(f"logits: {value} in pass {turn.number + 1}, row {row}, position {position}")
+
+
+def _check_allowed(highest: Tensor, turn: Turn) -> None:
+    wrong = highest == -torch.inf
+    if bool(wrong.any()):
+        _, row, position = _where(wrong, turn)
+        raise ValueError(f"allowed: no token is left for row {row}, position {position} in pass {turn.number + 1}")
+
+
+def _refuse_mask_token(tokens: Tensor, mask_id: int, turn: Turn) -> None:
+    _, row, _ = _where(tokens == mask_id, turn)
+    raise ValueError(
+        f"logits: the network predicted the mask token {mask_id} in pass {turn.number + 1}, row {row}; "
+        "forbid_mask_token=True keeps it out"
+    )
+
+
+def _constrain(chosen: Tensor, allowed: Allowed, turn: Turn, z: Tensor) -> Tensor:
+    table = allowed if isinstance(allowed, Tensor) else allowed(turn.number, z)
     expected = [*z.shape, chosen.shape[-1]]
     if list(table.shape) != expected or table.dtype != torch.bool:
         raise ValueError(f"allowed: shape {list(table.shape)} of {table.dtype} given, expected {expected} of bool")
-    chosen = chosen.masked_fill(~table[rows, columns], -torch.inf)
-    if bool((none := (chosen == -torch.inf).all(-1)).any()):
-        at = int(none.nonzero()[0])
-        raise ValueError(
-            f"allowed: no token is left for row {int(rows[at])}, position {int(columns[at])} in pass {number + 1}"
-        )
-    return chosen
+    r, column = turn.places.index
+    return chosen.masked_fill_(~table[turn.at.numbers_of(r), column], -torch.inf)

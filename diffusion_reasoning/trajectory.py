@@ -20,6 +20,7 @@ from latentcot.backbone import HybridForCausalLM
 from latentcot.training.budget import FlopCounter
 
 FULL_K = 5
+_MOST_HELD = 2**28  # bytes of steps that wait on the device
 _NEVER = -1000.0  # a log-probability whose probability is 0, in place of minus infinity, which times 0 is no number
 
 
@@ -29,12 +30,14 @@ class Trajectory:
 
     ``tokens [k, B, L]`` int32: the canvas after the step; ``pred [k, B, L]`` int32: the likeliest token at positions
     that the step predicted, revealed or not (elsewhere what is there); ``confidence``, ``entropy`` (nats) and
-    ``margin`` ``[k, B, L]`` fp16 of that prediction, NaN where there was none (margin: likeliest minus second);
+    ``margin`` ``[k, B, L]`` fp16 of that prediction, NaN where there was none (margin: likeliest minus second;
+    of equally likely ones the lowest id is the likeliest, while ``topk_ids`` lists them in no particular order);
     ``revealed_at [B, L]`` int16: step of the last reveal, -1 for given positions; ``n_flips [B, L]`` int16: how often a
     revealed token went back to the mask; ``correct_early [B]`` int32: first step after which every maskable position
     holds its final token or, while masked, is predicted so; ``n_masked``, ``nfe [k, B]``: masks left and
     passes so far; ``flops [B]``: of all passes (NaN where the network can not be counted); ``layers``: blocks of one
-    pass (0 where unknown); ``seconds [k]`` since the start; ``maskable``, ``real [B, L]``; ``mask_id``; with
+    pass (0 where unknown); ``seconds [k]`` since the start, as
+    the host came by (nothing is waited for: a GPU may still be at the step's work); ``maskable``, ``real [B, L]``; ``mask_id``; with
     ``record="full"`` ``topk_ids`` int32 and ``topk_logp`` fp16 ``[k, B, L, K]``.
     """
 
@@ -124,99 +127,128 @@ def thought(tokens: Tensor, pred: Tensor, mask_id: int) -> Tensor:
 
 
 class Recorder:
-    """Collects a :class:`Trajectory` while a sampler runs. ``model``: its FLOPs are counted when it is a backbone."""
+    """Collects a :class:`Trajectory` while a sampler runs. ``model``: its FLOPs are counted when it is a backbone.
+
+    While the sampler runs, everything stays on its device and nothing is waited for; :meth:`finish` brings it over, or a
+    step that finds more than 256 MiB of it there.
+    """
 
     def __init__(self, real: Tensor, maskable: Tensor, mask_id: int, full: bool, model: Any = None):
-        self.real, self.maskable = real.to("cpu", copy=True), maskable.to("cpu", copy=True)
-        self.mask_id, self.full = mask_id, full
+        self.real, self.maskable, self.mask_id, self.full = real, maskable, mask_id, full
         self.started = time.perf_counter()
-        self.steps: dict[str, list[Tensor]] = {}
         self.seconds: list[float] = []
-        self.masked_before = self.maskable.clone()
-        self.revealed_at = torch.full(self.maskable.shape, -1, dtype=torch.int16)
-        self.n_flips = torch.zeros(self.maskable.shape, dtype=torch.int16)
-        self.last_pred: Tensor | None = None
+        self.counts: list[int] = []  # positions that each step predicted
+        self.steps: dict[str, list[Tensor]] = {}  # one entry a step, [B, ...]
+        self.shown: dict[str, list[Tensor]] = {}  # one entry a step, [n, ...] with the positions that it predicted
+        self.brought: list[dict[str, Tensor]] = []
+        self.held = 0  # bytes on the device
         self.backbone = getattr(model, "backbone", None)
         if not isinstance(self.backbone, HybridForCausalLM):
             self.backbone = None
 
-    def record(
-        self, rows: Tensor, logits: Tensor, seen: Tensor, held: Tensor, z: Tensor, masked: Tensor, nfe: Tensor
-    ) -> None:
-        """After a step: ``rows [R]`` with ``logits [R, L, V]``, predicted at ``seen [R, L]``; the whole batch holds
-        ``z``, ``masked [B, L]``, after ``nfe [B]`` passes."""
-        number = len(self.seconds)
-        r, column = seen.nonzero(as_tuple=True)
+    def record(self, rows: Tensor, columns: Tensor, logits: Tensor, z: Tensor, masked: Tensor, nfe: Tensor) -> None:
+        """After a step that predicted n positions (``rows``, ``columns [n]``) with ``logits [n, V]``, which may be written
+        into; the whole batch holds ``z``, ``masked [B, L]``, after ``nfe [B]`` passes. All but the logits are kept as they
+        are and must not be written into any more."""
         # few passes over the [n, V] table: it is as large as what the sampler itself reads
-        chosen = logits[r, column].to(torch.promote_types(logits.dtype, torch.float32))
-        chosen[:, self.mask_id] = -torch.inf
-        logp = chosen.log_softmax(-1)
-        best = logp.topk(min(FULL_K if self.full else 2, logp.shape[-1]), -1)
-        at = (rows[r].cpu(), column.cpu())
-        nothing = torch.full(z.shape, torch.nan, dtype=torch.float16)
-        entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp_(min=_NEVER))
-        top = best.values.exp()
-        margin = top[:, 0] - (top[:, 1] if top.shape[1] > 1 else 0.0)
-        tokens, left = z.to("cpu", torch.int32), masked.to("cpu", copy=True)  # the loop goes on writing into both
-        # a position that no pass has predicted in this step is still predicted as it was
-        pred = tokens.clone() if self.last_pred is None else torch.where(left, self.last_pred, tokens)
-        pred = pred.index_put(at, best.indices[:, 0].to("cpu", torch.int32))
-        self.last_pred = pred
-        self._add("tokens", tokens)
-        self._add("pred", pred)
-        for name, value in (("confidence", top[:, 0]), ("entropy", entropy), ("margin", margin)):
-            self._add(name, nothing.index_put(at, value.to("cpu", torch.float16)))
-        self._add("n_masked", left.sum(1).to(torch.int32))
-        self._add("nfe", nfe.to("cpu", torch.int32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits[:, self.mask_id] = -torch.inf
+        logp = logits.log_softmax(-1)
+        best = logp.max(-1)
+        shown = {"row": rows, "column": columns, "pred": best.indices}
         if self.full:
-            shape = (*z.shape, best.indices.shape[1])
-            ids = torch.full(shape, -1, dtype=torch.int32)
-            logps = torch.full(shape, torch.nan, dtype=torch.float16)
-            self._add("topk_ids", ids.index_put(at, best.indices.to("cpu", torch.int32)))
-            self._add("topk_logp", logps.index_put(at, best.values.to("cpu", torch.float16)))
-        new = self.masked_before & ~left
-        self.revealed_at[new] = number
-        self.n_flips += (~self.masked_before & left).to(torch.int16)
-        self.masked_before = left
+            table = logp.topk(min(FULL_K, logp.shape[-1]), -1)
+            shown |= {"topk_ids": table.indices, "topk_logp": table.values}
+        at = best.indices[:, None]
+        second = logp.scatter_(1, at, -torch.inf).amax(-1)
+        logp.scatter_(1, at, best.values[:, None])
+        entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp_(min=_NEVER))
+        shown["values"] = torch.stack([best.values, second, entropy], 1)
+        self.counts.append(len(rows))
+        for kept, values in ((self.shown, shown), (self.steps, {"tokens": z, "masked": masked, "nfe": nfe})):
+            for name, value in values.items():
+                kept.setdefault(name, []).append(value)
+                self.held += value.numel() * value.element_size()
         self.seconds.append(time.perf_counter() - self.started)
+        if self.held > _MOST_HELD:
+            self._bring()
 
     def finish(self, z: Tensor) -> Trajectory:
         """``z [B, L]``: the canvas as it was returned (the end of a text may have been filled up after the last step)."""
-        batch, length = self.maskable.shape
-        final = z.to("cpu", torch.int32)
-        if not self.seconds:  # nothing was masked anywhere
-            empty = torch.zeros(0, batch, length)
-            for name, kind in (("tokens", torch.int32), ("pred", torch.int32), ("confidence", torch.float16),
-                               ("entropy", torch.float16), ("margin", torch.float16)):  # fmt: skip
-                self.steps[name] = [empty.to(kind)]
-            for name in ("n_masked", "nfe"):
-                self.steps[name] = [torch.zeros(0, batch, dtype=torch.int32)]
-            stacked = {name: values[0] for name, values in self.steps.items()}
-        else:
-            self.steps["tokens"][-1] = final
-            stacked = {name: torch.stack(values) for name, values in self.steps.items()}
-        standing = thought(stacked["tokens"], stacked["pred"], self.mask_id)
-        agrees = ((standing == final) | ~self.maskable).all(2)
-        count = torch.arange(len(self.seconds))[:, None]
-        early = torch.where(agrees, count, len(self.seconds)).amin(0) if len(self.seconds) else torch.zeros(batch)
+        self._bring()
+        final = z.to("cpu", torch.int32, copy=True)
+        real, maskable = self.real.to("cpu", copy=True), self.maskable.to("cpu", copy=True)
+        found = self._tables(maskable)
+        steps, (batch, _) = len(self.seconds), maskable.shape
+        if steps:
+            found["tokens"][-1] = final
+        standing = thought(found["tokens"], found["pred"], self.mask_id)
+        agrees = ((standing == final) | ~maskable).all(2)
+        early = torch.where(agrees, torch.arange(steps)[:, None], steps).amin(0) if steps else torch.zeros(batch)
         flops, layers = torch.full((batch,), torch.nan, dtype=torch.float64), 0
         if self.backbone is not None:
             layers = len(self.backbone.model.layers)
-            lengths = self.real.sum(1).double()
+            lengths = real.sum(1).double()
             a_pass = FlopCounter(self.backbone, directions=2)(lengths, head=lengths)
-            flops = a_pass * (stacked["nfe"][-1] if len(self.seconds) else 0)
+            flops = a_pass * (found["nfe"][-1] if steps else 0)
         return Trajectory(
-            **stacked,
-            revealed_at=self.revealed_at,
-            n_flips=self.n_flips,
+            **found,
             correct_early=early.to(torch.int32),
             flops=torch.as_tensor(flops),
             seconds=torch.tensor(self.seconds, dtype=torch.float64),
-            maskable=self.maskable,
-            real=self.real,
+            maskable=maskable,
+            real=real,
             mask_id=self.mask_id,
             layers=layers,
         )
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self.steps.setdefault(name, []).append(value)
+    def _bring(self) -> None:
+        """Put what is on the device together there, and bring each kind over as one."""
+        if not self.steps:
+            return
+        found = {name: torch.stack(values) for name, values in self.steps.items()}
+        found |= {name: torch.cat(values) for name, values in self.shown.items()}
+        kinds = {"tokens": torch.int32, "nfe": torch.int32, "pred": torch.int32, "topk_ids": torch.int32,
+                 "topk_logp": torch.float16}  # fmt: skip
+        best, second, entropy = found.pop("values").unbind(1)
+        top = best.exp()
+        found["values"] = torch.stack([top, entropy, top - second.exp()]).to(torch.float16)
+        self.brought.append({name: value.to("cpu", kinds.get(name, value.dtype)) for name, value in found.items()})
+        self.steps, self.shown, self.held = {}, {}, 0
+
+    def _tables(self, maskable: Tensor) -> dict[str, Tensor]:
+        """What was recorded as fields of the trajectory, from the steps one after the other."""
+        shape, steps = maskable.shape, len(self.seconds)
+        if not steps:  # nothing was masked anywhere
+            nothing, none = torch.zeros(0, *shape), torch.zeros(0, shape[0], dtype=torch.int32)
+            found = {name: nothing.half() for name in ("confidence", "entropy", "margin")}
+            found |= {name: nothing.to(torch.int32) for name in ("tokens", "pred")}
+            left, got = nothing.bool(), {"nfe": none}
+        else:
+            got = {
+                name: torch.cat([part[name] for part in self.brought], 1 if name == "values" else 0)
+                for name in self.brought[0]
+            }
+            left, tokens = got["masked"], got["tokens"]
+            step = torch.arange(steps).repeat_interleave(torch.tensor(self.counts))
+            place = step, got["row"], got["column"]
+            pred = tokens.clone()
+            for k, part in enumerate(zip(*(got[n].split(self.counts) for n in ("row", "column", "pred")), strict=True)):
+                if k:  # a position that no pass has predicted in this step is still predicted as it was
+                    pred[k] = torch.where(left[k], pred[k - 1], tokens[k])
+                pred[k, part[0], part[1]] = part[2]
+            found = {"tokens": tokens, "pred": pred}
+            empty = torch.full((steps, *shape), torch.nan, dtype=torch.float16)
+            for name, value in zip(("confidence", "entropy", "margin"), got["values"], strict=True):
+                found[name] = empty.index_put(place, value)
+            for name, value in (("topk_ids", -1), ("topk_logp", torch.nan)) if self.full else ():
+                table = torch.full((steps, *shape, got[name].shape[1]), value, dtype=got[name].dtype)
+                found[name] = table.index_put_(place, got[name])
+        before = torch.cat([maskable[None], left])[:-1] if steps else left
+        reveals = torch.where(before & ~left, torch.arange(steps)[:, None, None], -1)
+        return found | {
+            "n_masked": left.sum(2).to(torch.int32),
+            "nfe": got["nfe"],
+            "revealed_at": torch.cat([torch.full((1, *shape), -1), reveals]).amax(0).to(torch.int16),
+            "n_flips": (~before & left).sum(0).to(torch.int16),
+        }
