@@ -168,8 +168,8 @@ def _text_parts() -> tuple[Part, ...]:
             "mqar",
             "Associative recall (MQAR), 2 pairs",
             4,
-            "A row is filled in as it is published, a value behind each query. Two pairs are what can be learnt in this time; what a state "
-            "of fixed size can hold is asked by `latentcot compare mqar-capacity`.",
+            "As it is published: a value is filled in behind each query. With four pairs block diffusion on softmax did not get "
+            "beyond the shortcut in this time. How much a state can hold is the question of `latentcot compare mqar-capacity`.",
             arms=blocks,
             min_difficulty=2,
             max_difficulty=2,
@@ -180,7 +180,7 @@ def _text_parts() -> tuple[Part, ...]:
             "copy",
             "Copying, 35 and 36 symbols",
             4,
-            "Sequences of 16 different symbols, none of the test seen in training; a copy counts when all of it is right.",
+            "Sequences over an alphabet of 16, none of the test seen in training; a copy counts when all of it is right.",
             arms=blocks,
             min_difficulty=35,
             max_difficulty=36,

@@ -283,7 +283,8 @@ def diffusion_page(results: dict[str, Any], grids9: list[dict[str, Any]], pictur
         "symmetry. Autoregression and block diffusion read the puzzle first and write a second grid, whose clues they are given too.",
         f"* {results['seeds']} seed{'s' if results['seeds'] > 1 else ': differences of a few points say nothing'}; {work / 60:.0f} "
         f"processor minutes of training in all ({machines(results)}), finished {results['finished'][:10]}. "
-        "Equal time depends on the machine; the tables have steps and FLOPs beside it.",
+        "Equal time depends on the machine, and the steps that fit are counted beforehand by timing some: the tables have steps, FLOPs and "
+        "the seconds that they took in the end.",
         "",
         "## What the figures say",
         "",
@@ -311,7 +312,7 @@ def machines(results: dict[str, Any]) -> str:
 
 
 def _options(results: dict[str, Any]) -> str:
-    """What the command had to be given where parts or arms of the study are missing."""
+    """What the command had to be given: where parts or arms of the study are missing, and for more than one seed."""
     study = default_diffusion()
     parts = [part["name"] for part in results["parts"]]
     arms = list(dict.fromkeys(arm for part in results["parts"] for arm in part["arms"]))
@@ -322,7 +323,8 @@ def _options(results: dict[str, Any]) -> str:
         for own in study.parts
         if own.name == part["name"]
     )
-    return ("" if every_part else f" --task {','.join(parts)}") + ("" if every_arm else f" --methods {','.join(arms)}")
+    given = ("" if every_part else f" --task {','.join(parts)}") + ("" if every_arm else f" --methods {','.join(arms)}")
+    return given + (f" --seeds {results['seeds']}" if results["seeds"] > 1 else "")
 
 
 def write_diffusion_report(results: dict[str, Any], out: Path) -> Path:
