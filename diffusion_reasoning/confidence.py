@@ -51,13 +51,13 @@ class Proposal:
 
     ``logits [n, V]`` fp64, constraints applied, untempered; ``filtered [n, V]``: after temperature, top-k and top-p;
     ``tokens [n]`` the proposed ones; ``positions [n]``: number of real tokens before each; ``uniform [n]``: a fresh
-    U(0, 1) number for each, given as a tensor or as a function that draws it when it is read.
+    U(0, 1) number for each. The last two may be given as functions, which are called when they are first read.
     """
 
     logits: Tensor
     filtered: Tensor
     tokens: Tensor
-    positions: Tensor
+    positions: _WhenRead = _WhenRead()
     uniform: _WhenRead = _WhenRead()
 
     @cached_property

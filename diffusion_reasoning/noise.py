@@ -13,6 +13,9 @@ STREAMS = {"token": 0, "reveal": 1, "order": 2, "remask": 3, "clock": 2**40, "se
 """Four to a pass, and two that came later behind all of them, so that older draws are as they were."""
 
 
+_CACHED = 2**14  # numbers
+
+
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
@@ -46,8 +49,10 @@ def _mix_into(x: Tensor) -> Tensor:
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """52 bits to fp64 strictly inside (0, 1): both logarithms of a Gumbel draw stay finite."""
-    return _shift(bits, 12).double().add_(0.5).mul_(2.0**-52)
+    """52 bits to fp64 strictly inside (0, 1), written over them: both logarithms of a Gumbel draw stay finite."""
+    # k, the upper 52 bits, as the mantissa of 1 + k 2^-52; less 1 - 2^-53 it is (k + 0.5) 2^-52 without rounding
+    mantissa = bits.bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1).bitwise_or_(0x3FF << 52)
+    return mantissa.view(torch.float64).sub_(1 - 2.0**-53)
 
 
 class Noise:
@@ -67,8 +72,13 @@ class Noise:
     def tokens(self, rows: Tensor, step: int, stream: str, positions: Tensor, vocab_size: int) -> Tensor:
         """One number for each token of the vocabulary at n places: ``rows [n]``, ``positions [n]`` to ``[n, V]``."""
         keys = mix(self._keys(rows, step, stream) + (positions + 1) * _GOLDEN)
-        token = torch.arange(1, vocab_size + 1, device=keys.device)
-        return _uniform(_mix_into(keys[:, None] + token * _GOLDEN))
+        token = torch.arange(1, vocab_size + 1, device=keys.device) * _GOLDEN
+        bits = torch.empty(len(keys), vocab_size, dtype=torch.int64, device=keys.device)
+        # on a CPU as many rows at a time as its caches hold; a GPU is better off with few launches
+        some = max(1, _CACHED // vocab_size if keys.device.type == "cpu" else len(keys))
+        for part, key in zip(bits.split(some), keys[:, None].split(some), strict=True):
+            _uniform(_mix_into(torch.add(key, token, out=part)))
+        return bits.view(torch.float64)
 
 
 def seeds_from_tokens(ids: Tensor, mask: Tensor, seed: int) -> Tensor:

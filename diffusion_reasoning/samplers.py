@@ -209,5 +209,5 @@ def seeds_of_rows(row_seeds: Tensor | None, seed: int | None, batch: int, device
                 f"row_seeds: shape {list(row_seeds.shape)} of {row_seeds.dtype} given, expected [{batch}] of int64"
             )
         return row_seeds.to(device)
-    base = int(torch.randint(2**62, ())) if seed is None else seed
-    return mix(torch.arange(batch, device=device) + mix(torch.full((), base, dtype=torch.int64, device=device)))
+    base = torch.randint(2**62, ()) if seed is None else torch.tensor(seed, dtype=torch.int64)
+    return mix(torch.arange(batch) + mix(base)).to(device)  # few numbers: one copy instead of twenty launches

@@ -20,6 +20,7 @@ is out of order, and where a step without a pass is recorded.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -93,21 +94,39 @@ class SamplerLoop:
         # the state is never written in place: what was handed to a caller, a network or the recorder stays as it was
         self.masked = canvas.maskable
         self.z = canvas.ids.masked_fill(self.masked, config.mask_id)
-        # confidence and probability of each token at its last reveal
-        self.settled = torch.full(self.z.shape, torch.inf, dtype=torch.float64, device=device)
-        self.probability = torch.ones(self.z.shape, dtype=torch.float64, device=device)
         self.block, self.step, self.extra, self.nfe = (
             torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.stopped = torch.zeros(batch, dtype=torch.bool, device=device)
         self.stale = ~self.stopped  # whether the row changed since the network saw it
-        self.noisy = torch.ones(batch, dtype=torch.float64, device=device)  # first hitting's clock, 1 - alpha
         self.guess: Tensor | None = None  # the last full prediction, where the quota makes one
         self.reuse = self.quota.may_wait and not network.reads_time
         self.outputs: Tensor | None = None
         self.asked = 0  # turns that a tokens hook has made necessary
         self.lowest = float(config.schedule.alpha(torch.ones((), dtype=torch.float64)))  # alpha at t = 1
-        self.no_sigma = torch.zeros(batch, dtype=torch.float64, device=device)
+
+    # -- state of some samplers only ------------------------------------------------------------------------------------
+
+    @cached_property
+    def settled(self) -> Tensor:
+        """Confidence of each token at its last reveal, ``[B, L]``."""
+        return torch.full(self.z.shape, torch.inf, dtype=torch.float64, device=self.z.device)
+
+    @cached_property
+    def probability(self) -> Tensor:
+        """Probability of each token at its last reveal, ``[B, L]``."""
+        return torch.ones(self.z.shape, dtype=torch.float64, device=self.z.device)
+
+    @cached_property
+    def noisy(self) -> Tensor:
+        """First hitting's clock, 1 - alpha, ``[B]``."""
+        return torch.ones(self.z.shape[0], dtype=torch.float64, device=self.z.device)
+
+    @cached_property
+    def no_sigma(self) -> Tensor:
+        return torch.zeros(self.z.shape[0], dtype=torch.float64, device=self.z.device)
+
+    # -- the loop --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         number, most = 0, self._most_turns()
@@ -141,7 +160,7 @@ class SamplerLoop:
             ending = (self.nfe + cost * self.stale.long() + cost > self.config.max_nfe) & working
             candidates = candidates | (self.masked & ending[:, None])
         asked = self.stale & candidates.any(1) if self.reuse else None
-        recorded = None
+        recorded, shown = None, None
         if self.recorder is not None:
             recorded = (self.canvas.maskable if self.quota.repredicts else self.masked) & working[:, None]
         marks = [mask for mask in (working, candidates, asked, recorded) if mask is not None]
@@ -151,6 +170,11 @@ class SamplerLoop:
         at = self._select(working, rows)
         assert at is not None
         candidates = at.of(candidates)
+        places = Places.of(candidates, n_candidates := next(counts))
+        seen = at if asked is None else self._select(asked, next(counts))
+        if recorded is not None:  # the candidates and perhaps more
+            n_recorded = next(counts)
+            shown = places if n_recorded == n_candidates else Places.of(at.of(recorded), n_recorded)
         return Turn(
             number,
             at,
@@ -158,9 +182,9 @@ class SamplerLoop:
             size=self._of_block(self.plan.size, at),
             steps=(steps := self._of_block(self.plan.steps, at)),
             candidates=candidates,
-            places=Places.of(candidates, next(counts)),
-            asked=at if asked is None else self._select(asked, next(counts)),
-            recorded=None if recorded is None else Places.of(at.of(recorded), next(counts)),
+            places=places,
+            asked=seen,
+            recorded=shown,
             closing=self.quota.closing(steps, at.of(self.step)) if self.closes else None,
             refilling=None if self.revise is None else at.of(self.extra) > 0,
             ending=None if ending is None else at.of(ending),
@@ -277,7 +301,7 @@ class SamplerLoop:
         """Write down what the rows hold; on to the next block where one is ``done``, to the end where all is."""
         at, block = turn.at, self.block
         self.z, self.masked = at.into(self.z, after), at.into(self.masked, left)
-        self.step = at.into(self.step, torch.where(done, 0, at.of(self.step) + 1))
+        self.step = at.into(self.step, (at.of(self.step) + 1).masked_fill_(done, 0))
         moved = at.of(block) + done
         if finished is not None:
             moved = torch.where(finished, at.of(self.plan.n_blocks), moved)
@@ -346,12 +370,17 @@ class SamplerLoop:
         Written with logarithms: the published form exp(logits) / (-log u)^T is the same number until it overflows.
         """
         config, number, (r, column) = self.config, turn.number, turn.places.index
-        rows, positions = turn.at.numbers_of(r), turn.at.of(self.canvas.positions)[r, column]
+        rows = turn.at.numbers_of(r)
+
+        @cache
+        def positions() -> Tensor:
+            return turn.at.of(self.canvas.positions)[r, column]
+
         filtered = chosen / config.temperature if config.temperature not in (0.0, 1.0) else chosen
         filtered = filter_logits(filtered, config.top_k, config.top_p, config.top_p_rule)
         tokens = likeliest
         if config.temperature > 0:
-            u = self.noise.tokens(rows, number, "token", positions, chosen.shape[-1])
+            u = self.noise.tokens(rows, number, "token", positions(), chosen.shape[-1])
             if config.gumbel_dtype == "float32":  # 24 bits, as torch.rand gives them
                 u = (u * 2**24).floor().clamp(min=1).float() / 2**24
             gumbel = u.log_().neg_().log_().double()  # minus it
@@ -370,7 +399,7 @@ class SamplerLoop:
             tokens,
             positions,
             # [n, 1] positions of rows [n]: one number a candidate
-            lambda: self.noise.positions(rows, number, "order", positions[:, None])[:, 0],
+            lambda: self.noise.positions(rows, number, "order", positions()[:, None])[:, 0],
         )
 
     def _confidence(self, proposal: Proposal, turn: Turn) -> tuple[Tensor, Tensor]:
@@ -486,7 +515,9 @@ class SamplerLoop:
     def _most_turns(self) -> int:
         """No row can need more turns of the loop than this."""
         maskable, n_blocks = self.canvas.maskable, self.plan.n_blocks
-        tokens, blocks = (int(n.max()) if n.numel() else 0 for n in (maskable.sum(1), n_blocks))
+        if not len(n_blocks):
+            return 0
+        tokens, blocks = torch.stack([maskable.sum(1).amax(), n_blocks.amax()]).tolist()
         return max(tokens, self.config.steps or 0) + blocks * (1 + (self.revise.passes if self.revise else 0))
 
 

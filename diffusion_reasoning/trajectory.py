@@ -20,6 +20,7 @@ from latentcot.backbone import HybridForCausalLM
 from latentcot.training.budget import FlopCounter
 
 FULL_K = 5
+_VALUES = ("confidence", "entropy", "margin")
 _MOST_HELD = 2**28  # bytes of steps that wait on the device
 _NEVER = -1000.0  # a log-probability whose probability is 0, in place of minus infinity, which times 0 is no number
 
@@ -155,15 +156,13 @@ class Recorder:
         logits[:, self.mask_id] = -torch.inf
         logp = logits.log_softmax(-1)
         best = logp.max(-1)
-        shown = {"row": rows, "column": columns, "pred": best.indices}
+        shown = {"row": rows, "column": columns, "pred": best.indices, "best": best.values}
         if self.full:
             table = logp.topk(min(FULL_K, logp.shape[-1]), -1)
             shown |= {"topk_ids": table.indices, "topk_logp": table.values}
-        at = best.indices[:, None]
-        second = logp.scatter_(1, at, -torch.inf).amax(-1)
-        logp.scatter_(1, at, best.values[:, None])
-        entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp_(min=_NEVER))
-        shown["values"] = torch.stack([best.values, second, entropy], 1)
+        p = logp.exp()
+        shown["information"] = torch.linalg.vecdot(p, logp.clamp_(min=_NEVER))
+        shown["second"] = p.scatter_(1, best.indices[:, None], 0.0).amax(-1)
         self.counts.append(len(rows))
         for kept, values in ((self.shown, shown), (self.steps, {"tokens": z, "masked": masked, "nfe": nfe})):
             for name, value in values.items():
@@ -175,11 +174,14 @@ class Recorder:
 
     def finish(self, z: Tensor) -> Trajectory:
         """``z [B, L]``: the canvas as it was returned (the end of a text may have been filled up after the last step)."""
+        # behind the last step, so that each kind is brought over as one
+        for name, values in (("tokens", [z]), ("masked", [self.maskable, self.real])):
+            self.steps[name] = [*self.steps.get(name, []), *values]
         self._bring()
-        final = z.to("cpu", torch.int32, copy=True)
-        real, maskable = self.real.to("cpu", copy=True), self.maskable.to("cpu", copy=True)
-        found = self._tables(maskable)
-        steps, (batch, _) = len(self.seconds), maskable.shape
+        masks, tokens = (torch.cat([part[name] for part in self.brought]) for name in ("masked", "tokens"))
+        maskable, real, final = masks[-2].clone(), masks[-1].clone(), tokens[-1]
+        found = self._tables(tokens[:-1].clone(), masks[:-2], maskable)
+        steps, batch = len(self.seconds), len(final)
         if steps:
             found["tokens"][-1] = final
         standing = thought(found["tokens"], found["pred"], self.mask_id)
@@ -204,51 +206,57 @@ class Recorder:
 
     def _bring(self) -> None:
         """Put what is on the device together there, and bring each kind over as one."""
-        if not self.steps:
-            return
         found = {name: torch.stack(values) for name, values in self.steps.items()}
-        found |= {name: torch.cat(values) for name, values in self.shown.items()}
-        kinds = {"tokens": torch.int32, "nfe": torch.int32, "pred": torch.int32, "topk_ids": torch.int32,
-                 "topk_logp": torch.float16}  # fmt: skip
-        best, second, entropy = found.pop("values").unbind(1)
-        top = best.exp()
-        found["values"] = torch.stack([top, entropy, top - second.exp()]).to(torch.float16)
-        self.brought.append({name: value.to("cpu", kinds.get(name, value.dtype)) for name, value in found.items()})
+        if self.shown:
+            shown = {name: torch.cat(values) for name, values in self.shown.items()}
+            found["place"] = torch.stack([shown[name] for name in ("row", "column", "pred")]).to(torch.int32)
+            top = shown["best"].exp()
+            found["value"] = torch.stack([top, -shown["information"], top - shown["second"]]).to(torch.float16)
+            if self.full:
+                found["topk_ids"] = shown["topk_ids"].to(torch.int32)
+                found["topk_logp"] = shown["topk_logp"].to(torch.float16)
+        for name in {"tokens", "nfe"} & found.keys():
+            found[name] = found[name].to(torch.int32)
+        self.brought.append({name: value.cpu() for name, value in found.items()})
         self.steps, self.shown, self.held = {}, {}, 0
 
-    def _tables(self, maskable: Tensor) -> dict[str, Tensor]:
-        """What was recorded as fields of the trajectory, from the steps one after the other."""
-        shape, steps = maskable.shape, len(self.seconds)
-        if not steps:  # nothing was masked anywhere
-            nothing, none = torch.zeros(0, *shape), torch.zeros(0, shape[0], dtype=torch.int32)
-            found = {name: nothing.half() for name in ("confidence", "entropy", "margin")}
-            found |= {name: nothing.to(torch.int32) for name in ("tokens", "pred")}
-            left, got = nothing.bool(), {"nfe": none}
-        else:
-            got = {
-                name: torch.cat([part[name] for part in self.brought], 1 if name == "values" else 0)
-                for name in self.brought[0]
-            }
-            left, tokens = got["masked"], got["tokens"]
-            step = torch.arange(steps).repeat_interleave(torch.tensor(self.counts))
-            place = step, got["row"], got["column"]
-            pred = tokens.clone()
-            for k, part in enumerate(zip(*(got[n].split(self.counts) for n in ("row", "column", "pred")), strict=True)):
-                if k:  # a position that no pass has predicted in this step is still predicted as it was
-                    pred[k] = torch.where(left[k], pred[k - 1], tokens[k])
-                pred[k, part[0], part[1]] = part[2]
-            found = {"tokens": tokens, "pred": pred}
-            empty = torch.full((steps, *shape), torch.nan, dtype=torch.float16)
-            for name, value in zip(("confidence", "entropy", "margin"), got["values"], strict=True):
-                found[name] = empty.index_put(place, value)
-            for name, value in (("topk_ids", -1), ("topk_logp", torch.nan)) if self.full else ():
-                table = torch.full((steps, *shape, got[name].shape[1]), value, dtype=got[name].dtype)
-                found[name] = table.index_put_(place, got[name])
+    def _tables(self, tokens: Tensor, left: Tensor, maskable: Tensor) -> dict[str, Tensor]:
+        """What was recorded as fields of the trajectory, with the ``tokens`` and the masks ``left`` by every step, both
+        ``[k, B, L]``."""
+        steps, batch, length = shape = tokens.shape
+        got = {
+            "place": torch.zeros(3, 0, dtype=torch.int32),
+            "value": torch.zeros(3, 0, dtype=torch.float16),
+            "nfe": torch.zeros(0, batch, dtype=torch.int32),
+        }
+        parts = [part for part in self.brought if "place" in part]
+        for name in parts[0].keys() - {"tokens", "masked"} if parts else ():
+            got[name] = torch.cat([part[name] for part in parts], 1 if name in ("place", "value") else 0)
+        row, column, best = got["place"]
+        step = torch.arange(steps).repeat_interleave(torch.tensor(self.counts, dtype=torch.long))
+        at = (step * batch + row) * length + column
+
+        def table(values: Tensor, nothing: float) -> Tensor:
+            empty = torch.full((steps * batch * length, *values.shape[1:]), nothing, dtype=values.dtype)
+            return empty.index_copy_(0, at, values).view(*shape, *values.shape[1:])
+
+        likeliest = table(best, -1)
+        predicted = likeliest >= 0
+        pred = torch.where(predicted, likeliest, tokens)
+        earlier = left & ~predicted  # a position that no pass has predicted in a step is still predicted as it was
+        for k in range(1, steps) if bool(earlier[1:].any()) else ():
+            pred[k] = torch.where(earlier[k], pred[k - 1], pred[k])
+        found = {name: table(values, torch.nan) for name, values in zip(_VALUES, got["value"], strict=True)}
+        if "topk_ids" in got:
+            found |= {"topk_ids": table(got["topk_ids"], -1), "topk_logp": table(got["topk_logp"], torch.nan)}
         before = torch.cat([maskable[None], left])[:-1] if steps else left
-        reveals = torch.where(before & ~left, torch.arange(steps)[:, None, None], -1)
+        number = torch.arange(steps)[:, None, None]
+        reveals = torch.cat([torch.where(before & ~left, number, -1), torch.full((1, batch, length), -1)])
         return found | {
+            "tokens": tokens,
+            "pred": pred,
             "n_masked": left.sum(2).to(torch.int32),
             "nfe": got["nfe"],
-            "revealed_at": torch.cat([torch.full((1, *shape), -1), reveals]).amax(0).to(torch.int16),
+            "revealed_at": reveals.amax(0).to(torch.int16),
             "n_flips": (~before & left).sum(0).to(torch.int16),
         }
