@@ -100,6 +100,8 @@ def left_to_right(proposal: Proposal) -> Tensor:
 CONFIDENCES: dict[str, Confidence] = {
     f.__name__: f for f in (prob, prob_tempered, margin, neg_entropy, random, left_to_right)
 }
+BUILT_IN = tuple(CONFIDENCES.values())
+"""Those of this package, without what :func:`register_order` adds."""
 
 
 def register_order(name: str, confidence: Confidence, on_unit_scale: bool = False) -> None:

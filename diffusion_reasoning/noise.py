@@ -13,7 +13,7 @@ STREAMS = {"token": 0, "reveal": 1, "order": 2, "remask": 3, "clock": 2**40, "se
 """Four to a pass, and two that came later behind all of them, so that older draws are as they were."""
 
 
-_CACHED = 2**14  # numbers
+_CACHED = 2**16  # numbers
 
 
 def _signed(value: int) -> int:

@@ -17,7 +17,7 @@ LogitsFn = Callable[[Tensor, int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """One pass over R rows: its ``number``; ``rows [R]``; what they hold, ``z [R, L]``; which of it is ``real``,
+    """One pass over R rows: its ``number``; ``rows [R]``; a copy of what they hold, ``z [R, L]``; which of it is ``real``,
     ``masked`` and ``maskable``, ``[R, L]``; ``sigma [R]``, the noise at their times, or ``None``."""
 
     number: int
@@ -63,7 +63,8 @@ class WholeNetwork:
     def __call__(self, request: Request) -> Tensor:
         if self.config.carry != "none":
             return self._with_carry(request)
-        z, real, sigma = request.z, request.real, request.sigma
+        z, sigma = request.z, request.sigma
+        real = request.real.clone()  # a network of the caller's may write into it
         if self.cost == 2:
             bare = z.masked_fill(real & ~request.maskable, self.config.mask_id)
             z, real = torch.cat([z, bare]), torch.cat([real, real])

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from latentcot.diffusion_reasoning.block_plan import BlockPlan
-from latentcot.diffusion_reasoning.confidence import CONFIDENCES, Proposal, filter_logits, find_confidence
+from latentcot.diffusion_reasoning.confidence import BUILT_IN, Proposal, filter_logits, find_confidence
 from latentcot.diffusion_reasoning.corruption import check_logits
 from latentcot.diffusion_reasoning.generation_config import DiffusionGenerationConfig
 from latentcot.diffusion_reasoning.noise import Noise
@@ -42,7 +42,6 @@ Hook = Callable[[int, Tensor, Tensor], None]
 LogitsHook = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 _LOWEST = torch.finfo(torch.float64).min
 _PATIENCE = 16  # plans' worth of turns that a tokens hook may ask for by masking again
-_OWN_ORDERS = frozenset(CONFIDENCES.values())  # those of this package, as none has been registered yet
 _OWN_CHOICES = (*QUOTAS.values(), ReMDM, Revise, type(None))
 
 
@@ -87,7 +86,7 @@ class SamplerLoop:
         self.remdm = remask if isinstance(remask, ReMDM) else None
         batch, device = canvas.ids.shape[0], canvas.ids.device
         self.closes = type(self.quota).closing is not Quota.closing
-        self.foreign_order = self.order not in _OWN_ORDERS
+        self.foreign_order = not any(self.order is own for own in BUILT_IN)
         self.foreign_choice = type(self.quota) not in _OWN_CHOICES or type(remask) not in _OWN_CHOICES
         self.questions = Questions()
         self.everyone = Selection(torch.arange(batch, device=device), True)
@@ -207,7 +206,8 @@ class SamplerLoop:
         if self.quota.one_a_pass:  # the next time at which a token is revealed
             self.noisy = at.into(self.noisy, at.of(self.noisy) * self._clock(turn))
         logits, passed = self._logits(turn)
-        chosen, likeliest = self._chosen(logits, turn)
+        picked = logits[place]
+        chosen, likeliest = self._chosen(picked, turn)
         proposal = self._propose(chosen, likeliest, turn)
         before, held = at.of(self.z), at.of(self.masked)
         y = before.index_put(place, proposal.tokens)
@@ -261,8 +261,8 @@ class SamplerLoop:
             after, left = after.masked_fill(back, self.config.mask_id), left | back
         if self.hooks.tokens is not None:
             self.questions.ask()
-            shown_logits = logits.clone() if self.reuse else logits  # what is used again must stay as it is
-            found = self.hooks.tokens(number, at.numbers, after.clone(), shown_logits)
+            handed = logits.clone() if self.reuse else logits  # what is used again must stay as it is
+            found = self.hooks.tokens(number, at.numbers, after.clone(), handed)
             written, masks = self._rewritten(found, turn, after, left)
             self.asked += int((masks & ~left).sum(1).max())
             if turn.ending is not None:
@@ -295,7 +295,8 @@ class SamplerLoop:
         if self.recorder is not None and passed:
             assert turn.recorded is not None
             r, column = turn.recorded.index
-            self.recorder.record(at.numbers_of(r), column, logits[r, column], self.z, self.masked, self.nfe)
+            shown_logits = picked if turn.recorded is turn.places else logits[r, column]
+            self.recorder.record(at.numbers_of(r), column, shown_logits, self.z, self.masked, self.nfe)
 
     def _go_on(self, turn: Turn, after: Tensor, left: Tensor, done: Tensor, finished: Tensor | None) -> None:
         """Write down what the rows hold; on to the next block where one is ``done``, to the end where all is."""
@@ -343,10 +344,12 @@ class SamplerLoop:
         assert self.outputs is not None
         return turn.at.of(self.outputs), asked is not None
 
-    def _chosen(self, logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """fp64 logits ``[n, V]`` of the candidates alone, constraints applied, and the likeliest token of each ``[n]``."""
+    def _chosen(self, picked: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """fp64 logits ``[n, V]`` of the candidates, constraints applied, and the likeliest token of each ``[n]``, from
+        logits ``picked [n, V]``."""
         config = self.config
-        chosen = logits[turn.places.index].double()  # a copy: written into below, which saves a table of n V each time
+        # written into below, which saves a table of n V each time; the recorder wants them as they were
+        chosen = picked.to(torch.float64, copy=self.recorder is not None)
         if config.forbid_mask_token:
             chosen[:, config.mask_id] = -torch.inf
         best = chosen.max(-1)
