@@ -318,12 +318,12 @@ class SamplerLoop:
         if asked is not None:
             if self.hooks.before is not None:
                 self.hooks.before(turn.number, asked.numbers, asked.copy(self.z))
-            z = asked.of(self.z)
+            z = asked.copy(self.z)
             fresh = self.network(
                 Request(
                     turn.number,
                     asked.numbers,
-                    asked.copy(self.z),
+                    z,
                     asked.of(canvas.real),
                     asked.of(self.masked),
                     asked.of(canvas.maskable),
