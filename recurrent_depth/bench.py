@@ -207,16 +207,18 @@ class LoopCase:
     def _decode(
         self, policy: StepCache, rule: ExitRule, first: int = 0, last: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens from ``first`` on; the one before them, in which states find room to grow, is not timed."""
+        """Tokens from ``first`` on. Of several the first is read at full depth, so that every recurrence's state finds room to grow, and
+        not timed."""
         state, taken, begin = self.state, [], now()
-        for number in range(first, self.sizes.tokens + 1 if last is None else last):
+        numbers = range(first, self.sizes.tokens + 1 if last is None else last)
+        for number in numbers:
             if number == first + 1:
                 begin = now()
             output = self.loop.recur(
                 self.tokens[number],
                 self.sizes.recurrences,
                 initial_state=self.begins[number],
-                exit_rule=rule,
+                exit_rule=NO_EXIT if number == first and len(numbers) > 1 else rule,
                 state=state,
                 step_cache=policy,
             )
