@@ -190,7 +190,7 @@ class LoopCase:
                 return torch.zeros(len(value), dtype=torch.bool)
 
         watch = Watch(rule.kind, check_every=rule.check_every)
-        _ = self._read(watch) if self.policy is None else self._decode(self.policy, watch, 0, 1)
+        _ = self._read(watch) if self.policy is None else self._decode(self.policy, watch, self.state, 0, 1)
         values = torch.stack(watched).cummin(0).values  # a row has left once it was below
         limits = values.flatten().sort().values
         taken = rule.check_every * (1 + (values[None] >= limits[:, None, None]).sum(1))
@@ -205,39 +205,44 @@ class LoopCase:
         return now() - begin, output.recurrences
 
     def _decode(
-        self, policy: StepCache, rule: ExitRule, first: int = 0, last: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens from ``first`` on. Of several the first is read at full depth, so that every recurrence's state finds room to grow, and
-        not timed."""
-        state, taken, begin = self.state, [], now()
-        numbers = range(first, self.sizes.tokens + 1 if last is None else last)
-        for number in numbers:
-            if number == first + 1:
-                begin = now()
+        self, policy: StepCache, rule: ExitRule, state: ModelState | None, first: int, last: int
+    ) -> tuple[Tensor, Tensor, ModelState | None]:
+        """Tokens ``first`` to ``last - 1`` behind ``state``: seconds, recurrences, and the state after them."""
+        taken, begin = [], now()
+        for number in range(first, last):
             output = self.loop.recur(
                 self.tokens[number],
                 self.sizes.recurrences,
                 initial_state=self.begins[number],
-                exit_rule=NO_EXIT if number == first and len(numbers) > 1 else rule,
+                exit_rule=rule,
                 state=state,
                 step_cache=policy,
             )
             state = output.state
             taken.append(output.recurrences)
-        return now() - begin, torch.stack(taken[1:] or taken)
+        return now() - begin, torch.stack(taken), state
 
-    def run(self, name: str) -> tuple[Tensor, Tensor]:
-        """``full``, ``same path`` or ``exits``."""
-        rule = self.rule if name == "exits" else NO_EXIT
-        if self.policy is None:
+    def _policy(self, name: str) -> StepCache | None:
+        return StepCache() if name == "full" and self.policy is not None else self.policy
+
+    def ready(self, name: str) -> ModelState | None:
+        """The state that is decoded from: behind the prompt and one token at full depth, which finds the room to grow in for the state of
+        every recurrence."""
+        policy = self._policy(name)
+        return None if policy is None else self._decode(policy, NO_EXIT, self.state, 0, 1)[2]
+
+    def run(self, name: str, start: ModelState | None) -> tuple[Tensor, Tensor]:
+        """``full``, ``same path`` or ``exits``, from :meth:`ready` on."""
+        rule, policy = self.rule if name == "exits" else NO_EXIT, self._policy(name)
+        if policy is None:
             return self._read(rule)
-        return self._decode(StepCache() if name == "full" else self.policy, rule)
+        return self._decode(policy, rule, start, 1, self.sizes.tokens + 1)[:2]
 
     def variants(self, taken: Tensor) -> dict[str, Variant]:
         """What is timed; the floor is that of depths ``taken``."""
         names = ("full", "exits") if self.policy is None else ("full", "same path", "exits")
         floor = taken[None] if self.policy is None else taken
-        return {**{name: partial(self.run, name) for name in names}, "floor": lambda: self._floor(floor)}
+        return {**{name: partial(_from_start, self, name) for name in names}, "floor": lambda: self._floor(floor)}
 
     def _floor(self, taken: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks alone, on the first n rows where n are at work."""
@@ -305,14 +310,18 @@ class StackCase:
             taken.append(steps)
         return now() - begin, torch.stack(taken[1:] or taken)
 
-    def run(self, name: str) -> tuple[Tensor, Tensor]:
+    def ready(self, name: str) -> None:
+        """Nothing: the first token is part of a run and not timed."""
+
+    def run(self, name: str, start: None = None) -> tuple[Tensor, Tensor]:
         """``full`` or ``exits``."""
         return self._run(self.q if name == "exits" else 1.0)
 
     def variants(self, taken: Tensor) -> dict[str, Variant]:
         """What is timed; the floor is that of depths ``taken``."""
         steps = taken if self.decoding else taken[None]
-        return {**{name: partial(self.run, name) for name in ("full", "exits")}, "floor": lambda: self._floor(steps)}
+        names = ("full", "exits")
+        return {**{name: partial(_from_start, self, name) for name in names}, "floor": lambda: self._floor(steps)}
 
     def _floor(self, taken: Tensor) -> tuple[Tensor, Tensor]:
         backbone, ready = self.model.backbone, {}
@@ -362,6 +371,10 @@ def _sizes(taken: Tensor) -> set[int]:
     return {int((steps > i).sum()) for steps in taken for i in range(int(steps.max()))} | {taken.shape[1]}
 
 
+def _from_start(case: "LoopCase | StackCase", name: str) -> tuple[Tensor, Tensor]:
+    return case.run(name, case.ready(name))  # type: ignore[arg-type]
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,8 +401,9 @@ def measure(case: LoopCase | StackCase, repeats: int) -> dict[str, Any]:
     """One row: depths, ratios of time and of FLOPs, and what they are held against."""
     counted, taken = {}, torch.empty(0)
     for name in ("full", "exits"):
+        start = case.ready(name)
         with FlopCounterMode(display=False) as counter:
-            taken = case.run(name)[1]
+            taken = case.run(name, start)[1]  # type: ignore[arg-type]
         counted[name] = counter.get_total_flops()
     variants = case.variants(taken)
     shortest = {name: torch.full((2,), torch.inf, dtype=torch.float64) for name in variants}
