@@ -148,12 +148,12 @@ class Tail:
 class OpenColumns(AttendedState):
     """What attention is given in place of keys and values: the tail of some rows.
 
-    ``rows [n]``: which, rising; ``None`` = all. ``runs``: the same as ranges, on a CPU.
+    ``rows [n]``: which, rising; ``None`` = all. ``runs``: the same as slices, on a CPU.
     """
 
     tail: Tail
     rows: Tensor | None = None
-    runs: Sequence[tuple[int, int]] | None = None
+    runs: Sequence[slice] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         self.tail.put(k, v, self.rows)
@@ -167,29 +167,30 @@ class OpenColumns(AttendedState):
             keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=shared)
         found, done = [], 0
-        for first, last in self.runs:
-            here = slice(done, done + last - first)
-            done = here.stop
+        for run in self.runs:
+            last = done + len(range(run.start, run.stop, run.step))
+            here, done = slice(done, last), last
             mask = seen if seen is None or len(seen) == 1 else seen[here]
             found.append(
-                F.scaled_dot_product_attention(
-                    q[here], keys[first:last], values[first:last], attn_mask=mask, enable_gqa=shared
-                )
+                F.scaled_dot_product_attention(q[here], keys[run], values[run], attn_mask=mask, enable_gqa=shared)
             )
         return torch.cat(found)
 
 
-def runs_of(rows: Tensor) -> list[tuple[int, int]] | None:
-    """Rising row numbers as ranges; ``None`` away from the CPU, where many small calls do not pay."""
+def runs_of(rows: Tensor) -> list[slice] | None:
+    """Rising row numbers as the fewest slices, with steps, that hold them in their order; ``None`` away from the CPU, where many small
+    calls do not pay."""
     if rows.device.type != "cpu":
         return None
-    found: list[tuple[int, int]] = []
+    found: list[list[int]] = []
     for row in rows.tolist():
-        if found and found[-1][1] == row:
-            found[-1] = (found[-1][0], row + 1)
+        run = found[-1] if found else []
+        # two rows always lie in one slice; what belongs to it can be decided from the left, because a part of a slice is one too
+        if run and (len(run) < 2 or row - run[-1] == run[1] - run[0]):
+            run.append(row)
         else:
-            found.append((row, row + 1))
-    return found
+            found.append([row])
+    return [slice(run[0], run[-1] + 1, run[1] - run[0] if len(run) > 1 else 1) for run in found]
 
 
 def grows_in_place(state: ModelState | None, new: int) -> bool:

@@ -52,7 +52,7 @@ class Chosen:
     context: SequenceContext
     lengths: Tensor | None
     valid: Tensor | None
-    runs: list[tuple[int, int]] | None = None
+    runs: list[slice] | None = None
     hidden: dict[int, SequenceContext] = field(default_factory=dict)
 
 

@@ -47,7 +47,7 @@ class TokenPass:
         self.columns: dict[int, list[tuple[Tensor, ...]]] = {}  # of a shared state, step by step
         self.left: list[_Left] = []
         self.rows = torch.arange(self.batch, device=states.lengths.device)
-        self.runs: list[tuple[int, int]] | None = None
+        self.runs: list[slice] | None = None
         self._inputs: dict[int, Tensor] = {}
         self.tables: dict[Any, Any] = {}  # rotary angles and the like: they change with the rows, not with the step
         self.bounds: dict[Any, Any] = {}

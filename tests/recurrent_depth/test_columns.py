@@ -133,6 +133,18 @@ def test_inference_mode_and_no_grad_may_follow_one_another(reader):
     torch.testing.assert_close(reader(state, policy, 5).logits, expected, atol=1e-12, rtol=0)
 
 
+def test_rows_are_read_in_the_fewest_slices():
+    assert runs_of(torch.tensor([3])) == [slice(3, 4, 1)]
+    assert runs_of(torch.arange(5)) == [slice(0, 5, 1)]
+    assert runs_of(torch.tensor([1, 4, 7, 8, 9, 20])) == [slice(1, 8, 3), slice(8, 10, 1), slice(20, 21, 1)]
+    every = torch.arange(40)
+    for seed in range(20):
+        rows = (torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.5).nonzero()[:, 0]
+        runs = runs_of(rows)
+        assert runs is not None
+        assert torch.cat([every[run] for run in runs]).tolist() == rows.tolist()
+
+
 @pytest.mark.parametrize("columns", [4, 700], ids=["copied", "read in runs"])
 def test_rows_are_attended_to_alike_in_every_way(columns):
     """Rows gathered, rows read run by run, and all rows: the same numbers, with a mask and with shared keys."""
@@ -143,7 +155,7 @@ def test_rows_are_attended_to_alike_in_every_way(columns):
     q, k, v = torch.randn(7, 4, 1, 8).double(), torch.randn(7, 2, 1, 8).double(), torch.randn(7, 2, 1, 8).double()
     seen = torch.rand(7, 1, 1, columns + 1) > 0.3
     seen[..., -1] = True
-    assert runs_of(rows) == [(0, 1), (2, 4), (6, 7)]
+    assert runs_of(rows) == [slice(0, 3, 2), slice(3, 7, 3)]
     entry = LayerState("attention", {"keys": keys, "values": values})
     for mask in (None, seen):
         whole = OpenColumns("attention", {}, Tail(entry)).attend(q, k, v, mask)
