@@ -324,7 +324,9 @@ class StepPass:
         found = {}
         for block in (self.loop.core.start + j for j in self.attention):
             new: LayerState | None = None
-            for recurrence in range(max(self.deepest, int(self.taken.max()))):
+            # places may be deeper than every row here: those of rows that are no longer in the batch
+            stored = max((i + 1 for b, i in self.past.entries if b == block), default=0)
+            for recurrence in range(max(self.deepest, int(self.taken.max()), stored)):
                 new = self._new_columns(self.writes.get((block, recurrence), []), new)
                 if self.columns:
                     past = self.past.entries[block, min(recurrence, self.deepest - 1)]

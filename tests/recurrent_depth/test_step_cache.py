@@ -431,6 +431,34 @@ def test_what_a_check_decoded_stays_in_the_state(settling, ids, start, policy, m
             torch.testing.assert_close(once.state.entries[place][name], tensor, **TOLERANCE)
 
 
+def test_several_tokens_behind_a_shallow_row_of_a_deep_batch(settling, ids, start):
+    """The state has recurrences deeper than any token of the row that was kept: later tokens that come there read copies, not zeros."""
+
+    class FirstRow(ExitRule):
+        def settled(self, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return torch.arange(len(mask)) < len(mask) - 1
+
+    loop, policy = settling(DepthLoop, {}, **ATTENTION), StepCache("latest")
+
+    def read(state, at, new, most, rows, rule=None):
+        piece = slice(at, at + new)
+        more = {} if rule is None else {"exit_rule": rule}
+        begin = start[rows, piece]
+        return loop.recur(
+            ids[rows, piece], most, initial_state=begin, state=state, use_cache=True, step_cache=policy, **more
+        )
+
+    rule = FirstRow("latent_difference", 1.0, min_steps=2)
+    with torch.no_grad():
+        both = read(None, 0, 4, 6, slice(0, 2), rule)
+        assert both.recurrences.tolist() == [2, 6]
+        state = read(both.state.select([0]), 4, 2, 2, slice(0, 1)).state
+        for name in ("keys", "values"):
+            assert torch.equal(state.entries[1, 4][name], state.entries[1, 1][name])
+        deep = read(state, 6, 1, 6, slice(0, 1))
+    torch.testing.assert_close(deep.logits, read(state, 6, 1, 6, slice(0, 1)).logits, **TOLERANCE)
+
+
 def test_gradients_through_a_pass_with_a_rule_are_those_of_the_plain_one(make_backbone, ids, start):
     loop = DepthLoop(make_backbone()).double()
     grads = []
