@@ -261,7 +261,8 @@ class SamplerLoop:
             after, left = after.masked_fill(back, self.config.mask_id), left | back
         if self.hooks.tokens is not None:
             self.questions.ask()
-            handed = logits.clone() if self.reuse else logits  # what is used again must stay as it is
+            # what is used again, or recorded, must stay as it is
+            handed = logits.clone() if self.reuse or self.recorder is not None else logits
             found = self.hooks.tokens(number, at.numbers, after.clone(), handed)
             written, masks = self._rewritten(found, turn, after, left)
             self.asked += int((masks & ~left).sum(1).max())

@@ -12,8 +12,9 @@ def lay_out_for_decoding(model: Model) -> Model:
 
     :math:`y = x W^\top` with few rows x, a token of each sequence, takes mostly as long as reading W. PyTorch keeps W ``[out, in]`` row
     by row, of which a CPU's products with few rows read a strip of every row at a time; from ``[in, out]`` they read what lies together.
-    Shapes, values, gradients and what is saved stay as they are; sums may be taken in another order (last digits). Matrices that an
-    embedding shares are left alone, since it reads whole rows of them.
+    Shapes, values and gradients stay as they are, and so does what ``save_pretrained`` writes; sums may be taken in another order (last
+    digits). Matrices that an embedding shares are left alone, since it reads whole rows of them. What asks for contiguous tensors refuses a
+    model laid out so, with an error: ``safetensors.torch.save_file``, ``parameters_to_vector``, ``DecodeEngine`` on a GPU.
 
     ``python -m latentcot.recurrent_depth.bench`` decodes with it: on an EPYC 4 to 10 % less time with 32 rows of width 256, 9 to 16 % less
     where rows leave early. On a GPU, where nobody has measured a gain, leave it.

@@ -46,8 +46,9 @@ def test_rows_without_padding_share_one_mask():
     assert context.stream_masks[0].shape[0] == 3
 
 
-def test_what_takes_dense_masks():
-    """Whatever the device: short sequences, padding, windows, fp64 and other widths."""
+def test_what_takes_dense_masks(monkeypatch):
+    """Whatever the device: short sequences, padding, windows, fp64, other widths, and more kinds of sequences than are compiled for."""
+    monkeypatch.setattr(stream_attention, "_compiled_for", set())
 
     class OnGpu:
         """What a decision looks at."""
@@ -70,3 +71,7 @@ def test_what_takes_dense_masks():
     assert not taken(OnGpu(dtype=torch.float64))
     assert not taken(where=padded)
     assert not taken(window=64)
+    for length in range(2049, 2048 + stream_attention.MOST):
+        assert taken(OnGpu(length=length))
+    assert not taken(OnGpu(length=4096))
+    assert taken()  # those that are compiled stay

@@ -22,6 +22,10 @@ from latentcot.kernels import BlockCausal
 
 LONG = 1024
 """Tokens from which tiles pay for compiling: 20 s at the first call of a process."""
+MOST = 6
+"""Kinds of sequences (length, block, dtype) that are compiled for. Beyond its limit of 8 torch.compile would run FlexAttention as it is
+written, with all 2S x 2S scores."""
+_compiled_for: set[tuple[int, int, torch.dtype]] = set()
 
 
 def attend_in_streams(q: Tensor, k: Tensor, v: Tensor, context: SequenceContext, window: int | None = None) -> Tensor:
@@ -52,9 +56,9 @@ def attend_in_streams(q: Tensor, k: Tensor, v: Tensor, context: SequenceContext,
 
 def takes_flex(q: Tensor, context: SequenceContext, window: int | None) -> bool:
     """On a GPU, from :data:`LONG` tokens on, for rows without padding and without a window, in 32 bits or fewer, for heads whose width is
-    a power of two from 16 to 128. Everything else takes dense masks."""
+    a power of two from 16 to 128, and for the first :data:`MOST` kinds of sequences. Everything else takes dense masks."""
     width = q.shape[-1]
-    return (
+    fits = (
         q.device.type == "cuda"
         and q.shape[2] >= LONG
         and context.mask is None
@@ -63,6 +67,12 @@ def takes_flex(q: Tensor, context: SequenceContext, window: int | None) -> bool:
         and 16 <= width <= 128
         and width & (width - 1) == 0
     )
+    if not fits or not isinstance(context.visibility, BlockCausal):
+        return False
+    kind = (q.shape[2], context.visibility.length, q.dtype)
+    if len(_compiled_for) < MOST:
+        _compiled_for.add(kind)
+    return kind in _compiled_for
 
 
 @lru_cache(maxsize=16)
