@@ -202,8 +202,7 @@ class TextProblem:
         return "text"
 
     def training(self, step: int, rows: int, seed: int, whole: bool) -> Canvas:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        chosen = torch.randint(self.counts["examples"], (rows,), generator=generator)
+        chosen = drawn_examples(self.counts["examples"], rows, step, seed)
         return self._canvas(self.task.batch("train", chosen))
 
     def test(self, name: str, whole: bool) -> Canvas:
@@ -261,8 +260,7 @@ class RecallProblem:
         return "recall"
 
     def training(self, step: int, rows: int, seed: int, whole: bool) -> Canvas:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        chosen = torch.randint(self.counts["examples"], (rows,), generator=generator)
+        chosen = drawn_examples(self.counts["examples"], rows, step, seed)
         return recall_canvas(self.task.dense("train", chosen))
 
     def test(self, name: str, whole: bool) -> Canvas:
@@ -282,6 +280,11 @@ class RecallProblem:
 
     def describe(self) -> dict[str, Any]:
         return {"task": repr(self.task), **self.counts, "block": self.block}
+
+
+def drawn_examples(count: int, rows: int, step: int, seed: int) -> Tensor:
+    """Which of ``count`` training examples are the ``rows`` of a step, the same whenever it is asked for."""
+    return torch.randint(count, (rows,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
 def recall_canvas(batch: DenseBatch) -> Canvas:
